@@ -1,0 +1,1 @@
+"""Captioned pictures -> tar shards -> CLIP -> embeddings."""

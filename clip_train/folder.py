@@ -1,0 +1,250 @@
+"""Folders with a manifest: what one command writes and the next one reads.
+
+A command works in OUT.partial and renames it to OUT when it is whole, so OUT is either absent or complete. The manifest
+names the command, its config, and the fingerprints (sha256) of its inputs and of what it made.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from clip_train.settings import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, so two writers of one folder are not noticed there
+    fcntl = None
+
+MANIFEST = "manifest.json"
+# kind of folder -> the command that makes it, for error messages
+MAKERS = {
+    "shards": "unclip shard",
+    "demo": "unclip quickstart",
+    "clip": "unclip train clip",
+    "embeddings": "unclip embed",
+    "index": "unclip index",
+    "prior": "unclip train prior",
+    "decoder": "unclip train decoder",
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a command read: its fingerprint, and where it was."""
+
+    fingerprint: str
+    path: Path | str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json of `folder`."""
+
+    kind: str
+    command: str
+    config: dict[str, Any]
+    inputs: dict[str, dict[str, str]]  # name -> {"fingerprint", "path" relative to the folder}
+    fingerprint: str  # of the files that the folder is for
+    version: str
+    created: str
+    result: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    def input_path(self, name: str) -> Path | None:
+        """Where the input was when the command ran, if it is still there."""
+        recorded = self.inputs.get(name, {}).get("path")
+        if not recorded:
+            return None
+        path = Path(os.path.normpath(self.folder / recorded))
+        return path if path.exists() or "::" in recorded or set("*?{") & set(recorded) else None
+
+
+def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
+    """The manifest of a finished folder; UserError if there is none, or if it is of another kind."""
+    folder = Path(folder)
+    maker = f"; make it: {MAKERS[kind]}" if kind in MAKERS else ""
+    if not folder.is_dir():
+        partial = partial_of(folder)
+        if partial.is_dir():
+            raise UserError(f"{folder}/ is not finished ({partial}/ is there): run its command again to resume it")
+        raise UserError(f"{folder}/ does not exist{maker}")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}/ has no {MANIFEST}, so unclip did not make it{maker}")
+    try:
+        data = json.loads(path.read_text())
+        manifest = Manifest(**data, folder=folder)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}){maker}") from error
+    if kind and manifest.kind != kind:
+        raise UserError(f"{folder}/ holds a {manifest.kind}, but a {kind} folder is needed{maker}")
+    return manifest
+
+
+def partial_of(out: Path | str) -> Path:
+    """The folder a command works in until `out` is whole."""
+    out = Path(out)
+    return out.with_name(out.name + ".partial")
+
+
+class Workspace:
+    """The folder a command is writing.
+
+    `done` is the manifest when an earlier run finished with the same config and inputs: then there is nothing to do.
+    Otherwise write into `path` (which keeps what a killed run left there) and call publish().
+    """
+
+    def __init__(self, out: Path, path: Path, plan: dict[str, Any], done: Manifest | None, lock: int | None) -> None:
+        self.out = out
+        self.path = path
+        self.done = done
+        self._plan = plan
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls, out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input], command: str = ""
+    ) -> "Workspace":
+        """Start or resume. UserError if `out` or its unfinished part was made with other settings or inputs."""
+        out = Path(out)
+        config = json.loads(json.dumps(config))
+        base = Path(os.path.abspath(out))
+        plan = {
+            "kind": kind,
+            "command": command or MAKERS.get(kind, ""),
+            "config": config,
+            "inputs": {
+                name: {"fingerprint": i.fingerprint, "path": _relative(i.path, base)} for name, i in inputs.items()
+            },
+        }
+        partial = partial_of(base)
+        if out.exists():
+            if not out.is_dir():
+                raise UserError(f"{out} is a file; choose another --out")
+            if not (out / MANIFEST).exists() and any(out.iterdir()):
+                raise UserError(f"{out}/ exists and unclip did not make it; choose another --out")
+            if (out / MANIFEST).exists():
+                done = read_manifest(out)
+                _refuse_other(f"{out}/", plan, dataclasses.asdict(done), "choose another --out or remove it")
+                return cls(out, out, plan, done, None)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            work = cls(out, partial, plan, None, _lock(partial, out))
+        except OSError as error:
+            raise UserError(f"cannot write {out}/: {error.strerror}") from error
+        started = partial / "plan.json"
+        if started.exists():
+            try:
+                before = json.loads(started.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{started} is damaged; remove {partial}/ to start again") from error
+            _refuse_other(f"{partial}/ (an unfinished run)", plan, before, f"remove {partial}/ to start again")
+        else:
+            write_file(started, json.dumps(plan, indent=1).encode())
+        return work
+
+    def release(self) -> None:
+        """Let another process write here; what is in `path` stays for it to go on from."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    __del__ = release
+
+    def publish(self, result: dict[str, Any] | None = None) -> Manifest:
+        """Write the manifest, then give the folder its final name. Checkpoints and scratch/ are dropped."""
+        shutil.rmtree(self.path / "scratch", ignore_errors=True)
+        for path in self.path.glob("checkpoint*"):
+            path.unlink()
+        skip = {"metrics.jsonl", "plan.json", MANIFEST, ".lock"}
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
+        manifest = Manifest(
+            **self._plan,
+            fingerprint=fingerprint_files(files, self.path),
+            version=metadata.version("unclip"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            result=json.loads(json.dumps(result or {})),
+            folder=self.out,
+        )
+        data = {k: v for k, v in vars(manifest).items() if k != "folder"}
+        write_file(self.path / MANIFEST, json.dumps(data, indent=1).encode())
+        (self.path / "plan.json").unlink()
+        if self.out.exists():  # an empty folder the user made beforehand
+            self.out.rmdir()
+        os.rename(self.path, self.out)
+        (self.out / ".lock").unlink(missing_ok=True)
+        self.release()
+        return manifest
+
+
+def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
+    """sha256 over the names (relative to `root`) and contents of files, in the order given."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(root).as_posix()}\0{content}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def fingerprint_json(value: Any) -> str:
+    """sha256 of a json value, whatever the order of its keys."""
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or the new one, whole, even if the machine stops in between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _relative(path: Path | str, base: Path) -> str:
+    return os.path.relpath(os.path.abspath(path), base)
+
+
+def _lock(partial: Path, out: Path) -> int | None:
+    """A descriptor that holds the folder's lock; the system lets go of it when the process ends, however it ends."""
+    if fcntl is None:
+        return None
+    lock = os.open(partial / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"another process is writing {out}/; wait for it, or choose another --out") from error
+    return lock
+
+
+def _refuse_other(what: str, asked: dict[str, Any], found: dict[str, Any], way_out: str) -> None:
+    """UserError naming the first setting or input in which `found` differs from what is asked for now."""
+    if asked["kind"] != found.get("kind"):
+        raise UserError(f"{what} holds a {found.get('kind')}, not a {asked['kind']}; {way_out}")
+    for name in asked["inputs"].keys() | found.get("inputs", {}).keys():
+        now, before = asked["inputs"].get(name, {}), found.get("inputs", {}).get(name, {})
+        if now.get("fingerprint") != before.get("fingerprint"):
+            raise UserError(
+                f"{what} was made from other {name} ({before.get('path')}) "
+                f"than asked for now ({now.get('path')}); {way_out}"
+            )
+    mine, theirs = asked["config"], found.get("config", {})
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise UserError(
+                f"{what} was made with {name} = {theirs.get(name)}, but {mine.get(name)} is asked for now; {way_out}"
+            )

@@ -1,0 +1,107 @@
+import hashlib
+import json
+import os
+
+import pytest
+
+from clip_train.folder import Input, Workspace, fingerprint_json, read_manifest, write_file
+from clip_train.settings import UserError
+
+INPUTS = {"shards": Input("sha256:1", "shards")}
+
+
+def made(out, config=None, inputs=INPUTS):
+    work = Workspace.open(out, "clip", config or {"width": 1}, inputs)
+    (work.path / "weights").write_bytes(b"abc")
+    return work.publish({"loss": 2.0})
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+    work = Workspace.open(tmp_path / "clip", "clip", {}, {})
+    assert not (tmp_path / "clip").exists() and work.path.is_dir()
+    work.publish()
+    assert [p.name for p in tmp_path.iterdir()] == ["clip"]
+    assert read_manifest(tmp_path / "clip", "clip").kind == "clip"
+
+
+def test_the_same_command_again_has_nothing_to_do(tmp_path):
+    made(tmp_path / "clip")
+    again = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    assert again.done.result == {"loss": 2.0}
+
+
+def test_what_a_killed_run_left_is_there_when_it_is_run_again(tmp_path):
+    first = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    (first.path / "part").write_text("half")
+    first.release()  # as the death of its process does
+    second = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    assert (second.path / "part").read_text() == "half"
+
+
+def test_two_processes_cannot_write_one_folder(tmp_path):
+    work = Workspace.open(tmp_path / "clip", "clip", {}, {})
+    with pytest.raises(UserError, match="another process"):
+        Workspace.open(tmp_path / "clip", "clip", {}, {})
+    work.publish()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_or_inputs_are_refused_by_name(tmp_path, finished):
+    if finished:
+        made(tmp_path / "clip")
+    else:
+        Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).release()
+    with pytest.raises(UserError, match="width = 1, but 2"):
+        Workspace.open(tmp_path / "clip", "clip", {"width": 2}, INPUTS)
+    with pytest.raises(UserError, match="other shards"):
+        Workspace.open(tmp_path / "clip", "clip", {"width": 1}, {"shards": Input("sha256:2", "elsewhere")})
+
+
+def test_the_fingerprint_is_of_names_and_contents_and_leaves_logs_out(tmp_path):
+    first = made(tmp_path / "a")
+    work = Workspace.open(tmp_path / "b", "clip", {"other": 1}, {})
+    (work.path / "weights").write_bytes(b"abc")
+    (work.path / "metrics.jsonl").write_text("noise")
+    (work.path / "checkpoint.safetensors").write_text("dropped")
+    second = work.publish()
+    line = f"weights\0{hashlib.sha256(b'abc').hexdigest()}\n".encode()
+    assert first.fingerprint == second.fingerprint == "sha256:" + hashlib.sha256(line).hexdigest()
+    assert sorted(os.listdir(tmp_path / "b")) == ["manifest.json", "metrics.jsonl", "weights"]
+
+
+def test_inputs_are_found_again_after_the_whole_tree_has_moved(tmp_path):
+    (tmp_path / "old" / "shards").mkdir(parents=True)
+    made(tmp_path / "old" / "clip", inputs={"shards": Input("x", tmp_path / "old" / "shards")})
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert read_manifest(tmp_path / "new" / "clip").input_path("shards") == tmp_path / "new" / "shards"
+
+
+def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "mine.txt").write_text("x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "manifest.json").write_text("{")
+    made(tmp_path / "clip")
+    for folder, kind, words in [
+        ("missing", "clip", "does not exist; make it: unclip train clip"),
+        ("strange", "clip", "did not make it"),
+        ("broken", "clip", "cannot be read"),
+        ("clip", "index", "holds a clip, but a index"),
+    ]:
+        with pytest.raises(UserError, match=words) as caught:
+            read_manifest(tmp_path / folder, kind)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="unclip did not make it"):
+        Workspace.open(tmp_path / "strange", "clip", {}, {})
+
+
+def test_write_file_leaves_the_old_file_when_it_cannot_write(tmp_path):
+    write_file(tmp_path / "a.json", b"old")
+    with pytest.raises(UserError, match="cannot write"):
+        write_file(tmp_path / "missing" / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_json_fingerprint_does_not_depend_on_the_order_of_keys():
+    assert fingerprint_json({"a": 1, "b": 2}) == fingerprint_json(json.loads('{"b": 2, "a": 1}'))
+    assert fingerprint_json({"a": 1}) != fingerprint_json({"a": 2})
