@@ -156,8 +156,6 @@ def fit(
             if stopping:
                 raise Interrupted(stopping, step)
 
-    if ranks.is_main():
-        log.close()
     save()
     return FitResult(config.steps, time.monotonic() - started, log.recent_loss(), averaged)
 
@@ -249,7 +247,7 @@ def _steps_in_budget(
             tick = time.monotonic()
             for loss, _ in micro_losses(next(stream), step):
                 loss.backward()
-            float(loss)  # a GPU has finished only when asked for a number
+            float(loss.detach())  # a GPU has finished only when asked for a number
             model.zero_grad(set_to_none=True)
             times.append(time.monotonic() - tick)
         model.load_state_dict(before)  # running statistics moved
@@ -275,26 +273,20 @@ class _MetricsFile:
                     if entry["step"] <= step:
                         kept.append(line)
                         self._recent.append(entry["loss"])
-        self._file = None
-        if ranks.is_main():
+        self._path = path if ranks.is_main() else None
+        if self._path:
             write_file(path, "".join(f"{line}\n" for line in kept).encode())
-            self._file = open(path, "a")
 
     def write(self, **numbers: Any) -> None:
-        numbers = {name: float(value) if name != "step" else value for name, value in numbers.items()}
-        self._recent.append(numbers["loss"])
-        if self._file:
-            self._file.write(
-                json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in numbers.items()}) + "\n"
-            )
-            self._file.flush()
+        short = {name: value if name == "step" else float(f"{float(value):.6g}") for name, value in numbers.items()}
+        self._recent.append(short["loss"])
+        if self._path:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(short) + "\n")
 
     def recent_loss(self) -> float:
         last = self._recent[-max(1, len(self._recent) // 10) :]
         return sum(last) / len(last) if last else math.nan
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @contextlib.contextmanager
