@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,389 @@ def cli() -> None:
     On your own:  shard -> train clip -> embed -> index -> search
                   -> train prior -> train decoder -> generate
     """
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("source", type=click.Path(path_type=Path))
+@out_option("shards")
+@click.option("--caption-column", default="caption", show_default=True, help="Column of the captions in a table.")
+@click.option("--image-column", default="image", show_default=True, help="Column of the pictures' paths in a table.")
+@click.option("--resize", type=click.IntRange(1), help="Scale down to this many pixels on the short side.")
+@click.option("--per-shard", default=1000, show_default=True, type=click.IntRange(1), help="Samples per tar.")
+@click.option("--prefix", default="", help="Put before keys and tar names, to use several sources together.")
+def shard(source: Path, out: Path, **options: Any) -> None:
+    """Pack captioned pictures into tar shards.
+
+    SOURCE is a folder of pictures with KEY.txt or KEY.json beside them (or in folders named after their class), or a
+    .csv, .tsv, .jsonl or .parquet table with a path and a caption column. What cannot be used is listed with its
+    reason in OUT/rejected.csv.
+
+    \b
+    Example:  unclip shard pictures.csv --out shards
+    """
+    from clip_train.ingest import shard_source
+
+    made = shard_source(source, out, **options, on_progress=Bars("shard")).result
+    say(f"{out}/: {made['samples']} samples in {made['shards']} shards, {made['rejected']} rejected")
+    say(f"next: unclip train clip --shards {out} --out clip")
+
+
+@cli.group(context_settings=CONTEXT)
+def train() -> None:
+    """Train CLIP, the prior, or the decoder."""
+
+
+@train.command("clip", context_settings=CONTEXT)
+@click.option("--shards", required=True, help="Folder of tars, a tar, a glob or a {000..010} range; join with '::'.")
+@out_option("clip")
+@click.option("--preset", default="tiny", show_default=True, help="tiny, small, vit-b-32 or vit-b-16.")
+@training_options
+def train_clip(shards: str, out: Path, preset: str, device: str, **options: Any) -> None:
+    """Train CLIP on tar shards; under torchrun, on all its processes.
+
+    \b
+    Example:  unclip train clip --shards shards --out clip --minutes 20
+    """
+    from clip_train import train
+
+    config, fit_config = train.preset(preset, training_settings(**options))
+    made = train.train_clip(shards, out, config, fit_config, device=device, on_progress=Bars("train clip"))
+    done = made.result
+    say(f"{out}/: loss {done['loss']:.3f} after {done['steps']} steps (chance {done['chance']:.2f})")
+    say(f"next: unclip embed --shards {shards} --clip {out} --out emb")
+
+
+@train.command("prior", context_settings=CONTEXT)
+@click.option("--embeddings", required=True, type=click.Path(path_type=Path), help="Folder made by unclip embed.")
+@out_option("prior")
+@training_options
+def train_prior(embeddings: Path, out: Path, device: str, **options: Any) -> None:
+    """Train the diffusion prior: text embedding -> image embedding.
+
+    \b
+    Example:  unclip train prior --embeddings emb --out prior
+    """
+    from clip_train.ranks import start
+    from diffusion import train
+
+    config, fit_config = train.prior_settings(embeddings, training_settings(**options))
+    bars = Bars("train prior")
+    made = train.train_prior(
+        embeddings, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
+    )
+    say(f"{out}/: loss {made.result['loss']:.3f} after {made.result['steps']} steps")
+    say(f"next: unclip train decoder --shards shards --clip {made.input_path('clip') or 'clip'} --out decoder")
+
+
+@train.command("decoder", context_settings=CONTEXT)
+@click.option("--shards", required=True, help="Folder of tars, a tar, a glob or a {000..010} range; join with '::'.")
+@click.option("--clip", required=True, type=click.Path(path_type=Path), help="CLIP folder that makes the embeddings.")
+@out_option("decoder")
+@click.option("--preset", default="tiny", show_default=True, help="tiny (32 px, CPU) or small (64 px, one GPU).")
+@training_options
+def train_decoder(shards: str, clip: Path, out: Path, preset: str, device: str, **options: Any) -> None:
+    """Train the decoder: image embedding -> picture.
+
+    \b
+    Example:  unclip train decoder --shards shards --clip clip --out decoder --minutes 30
+    """
+    from clip_train.ranks import start
+    from diffusion import train
+
+    config, fit_config = train.decoder_settings(clip, preset, training_settings(**options))
+    bars = Bars("train decoder")
+    made = train.train_decoder(
+        shards, clip, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
+    )
+    say(f"{out}/: loss {made.result['loss']:.3f} after {made.result['steps']} steps")
+    say(f'next: unclip generate "a red fox" --prior prior --decoder {out} --out fox.png')
+
+
+@cli.command(context_settings=CONTEXT)
+@click.option("--shards", required=True, help="Folder of tars, a tar, a glob or a {000..010} range; join with '::'.")
+@click.option("--clip", required=True, type=click.Path(path_type=Path), help="CLIP folder.")
+@out_option("emb")
+@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
+@device_option
+def embed(shards: str, clip: Path, out: Path, batch_size: int, device: str) -> None:
+    """Embed every picture and caption of the shards, one part per shard; finished parts are not made again.
+
+    \b
+    Example:  unclip embed --shards shards --clip clip --out emb
+    """
+    from clip_train.embed import embed
+    from clip_train.ranks import pick_device
+
+    bars = Bars("embed")
+    made = embed(shards, clip, out, batch_size=batch_size, device=pick_device(device), on_progress=bars).result
+    say(f"{out}/: {made['rows']} rows of width {made['dim']}; {made['bad']} bad pictures, {made['skipped']} skipped")
+    say(f"next: unclip index --embeddings {out} --out index   and   unclip train prior --embeddings {out} --out prior")
+
+
+@cli.command(context_settings=CONTEXT)
+@click.option("--embeddings", required=True, type=click.Path(path_type=Path), help="Folder made by unclip embed.")
+@out_option("index")
+@click.option("--recall", default=0.95, show_default=True, type=click.FloatRange(0, 1), help="Recall@10 to reach.")
+@click.option("--memory", help="The most the index may take, e.g. 500MB.")
+@click.option("--kind", default="auto", show_default=True, help="auto, flat (exact), ivf or hnsw.")
+def index(embeddings: Path, out: Path, **options: Any) -> None:
+    """Build a FAISS index and measure its recall against exact search.
+
+    \b
+    Example:  unclip index --embeddings emb --out index --recall 0.95
+    """
+    from retrieval.index import build_index
+
+    made = build_index(embeddings, out, **options, on_progress=Bars("index")).result
+    for modality in ("image", "text"):
+        chosen = made[modality]
+        say(
+            f"{out}/{modality}.index: {chosen['kind']}, recall@10 {chosen['recall']:.3f}, {chosen['queries_per_second']:.0f} queries/s"
+        )
+    say(f'next: unclip search "a red fox" --index {out}')
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("queries", nargs=-1)
+@click.option("--index", "folder", default="index", show_default=True, type=click.Path(path_type=Path), help="Index.")
+@click.option("--clip", type=click.Path(path_type=Path), help="CLIP folder; by default where the index says it was.")
+@click.option("--image", multiple=True, type=click.Path(path_type=Path), help="A picture as a query; repeatable.")
+@click.option("--vector", type=click.Path(path_type=Path), help="A .npy of (Q, D) vectors as queries.")
+@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Hits per query.")
+@click.option(
+    "--modality", default="image", show_default=True, type=click.Choice(["image", "text"]), help="Rows to rank."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the hits as json.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write a contact sheet of the hits to this PNG.")
+@device_option
+def search(queries, folder, clip, image, vector, k, modality, as_json, sheet, device) -> None:
+    """Find the nearest pictures for captions, pictures or vectors.
+
+    \b
+    Example:  unclip search "a red fox" "two hearts" --index index --sheet hits.png
+    """
+    from clip_train.ranks import pick_device
+    from clip_train.settings import UserError
+    from clip_train.store import read_vectors
+    from retrieval.search import Searcher
+
+    if not (queries or image or vector):
+        raise UserError('nothing to search for; give a caption, --image or --vector: unclip search "a red fox"')
+    searcher = Searcher.open(folder, clip, pick_device(device))
+    names, hits = [], []
+    if queries:
+        names += queries
+        hits += searcher.text(list(queries), k, modality)
+    if image:
+        names += [str(path) for path in image]
+        hits += searcher.picture(list(image), k, modality)
+    if vector:
+        rows = read_vectors(vector)
+        names += [f"{vector}[{i}]" for i in range(len(rows))]
+        hits += searcher.vectors(rows, k, modality)
+    if sheet:
+        from clip_train.sheet import query_sheet, save_sheet
+
+        pictures = [[searcher.picture_of(hit.row) for hit in row] for row in hits]
+        save_sheet(query_sheet(names, pictures, [[hit.caption for hit in row] for row in hits]), sheet)
+        say(f"wrote {sheet}")
+    if as_json:
+        found = [{"query": n, "hits": [vars(hit) for hit in row]} for n, row in zip(names, hits, strict=True)]
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False, default=str))
+    else:
+        for name, row in zip(names, hits, strict=True):
+            if len(names) > 1:
+                click.echo(click.style(name, bold=True))
+            print_table(
+                ("rank", "score", "key", "caption"), [(h.rank, f"{h.score:.3f}", h.key, h.caption) for h in row]
+            )
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple]) -> None:
+    """Columns as wide as they need to be; the last one is cut at the edge of the terminal."""
+    import shutil
+
+    lines = [tuple(" ".join(str(cell).split()) for cell in row) for row in [head, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    edge = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 10_000
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()[:edge])
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("captions", nargs=-1)
+@click.option("--file", "caption_file", type=click.Path(path_type=Path), help="Text file with a caption on each line.")
+@click.option("--embedding", type=click.Path(path_type=Path), help="A .npy of (N, 512) image embeddings.")
+@click.option("--again", type=click.Path(path_type=Path), help="Make this picture again, from its own record.")
+@click.option("--decoder", required=True, type=click.Path(path_type=Path), help="Decoder folder.")
+@click.option("--prior", type=click.Path(path_type=Path), help="Prior folder; needed for captions.")
+@click.option("--clip", type=click.Path(path_type=Path), help="CLIP folder; by default where the decoder says it was.")
+@click.option(
+    "--out", default="generated", show_default=True, type=click.Path(path_type=Path), help="PNG, or a folder."
+)
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write a contact sheet to this PNG as well.")
+@click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Pictures per caption.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the first picture.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
+@click.option("--steps", type=click.IntRange(1), help="Sampling steps of the decoder.")
+@click.option("--sampler", help="heun, ddim, ddpm or euler.")
+@click.option("--guidance", type=click.FloatRange(0), help="1 follows the embedding as trained, more overshoots.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other sampling setting; repeatable.")
+@device_option
+def generate(
+    captions, caption_file, embedding, again, decoder, prior, clip, out, sheet, count, seed, batch_size, settings,
+    device, **named: Any,
+) -> None:  # fmt: skip
+    """Make pictures from captions or from image embeddings; each PNG holds the record it can be made again from.
+
+    \b
+    Example:  unclip generate "a red fox" "two hearts" --prior prior --decoder decoder --out pictures
+    """
+    from clip_train.ranks import pick_device
+    from clip_train.settings import UserError, override
+    from diffusion.generate import Generator, Sampling, read_captions, read_provenance, save_png
+
+    if sum(map(bool, (captions or caption_file, embedding, again))) != 1:
+        raise UserError("give captions (or --file), or --embedding, or --again: one of the three")
+    texts = [*captions, *(read_captions(caption_file) if caption_file else [])]
+    if texts and not prior:
+        raise UserError("captions need a prior; pass --prior prior (made by unclip train prior)")
+    (how,) = override([Sampling()], [f"{k}={v}" for k, v in named.items() if v is not None] + list(settings))
+    record = read_provenance(again) if again else None
+    generator = Generator.open(decoder, prior, clip, device=pick_device(device))
+    bars = Bars("generate")
+    if record:
+        made = [generator.regenerate(record)]
+    elif embedding:
+        from clip_train.store import read_vectors
+
+        rows = read_vectors(embedding).repeat(count, 0)
+        seeds = range(seed, seed + len(rows))
+        made = generator.from_embeddings(rows, seeds, how, batch_size=batch_size, on_progress=bars)
+    else:
+        texts = [text for text in texts for _ in range(count)]
+        seeds = range(seed, seed + len(texts))
+        made = generator.from_captions(texts, seeds, how, batch_size=batch_size, on_progress=bars)
+    if out.suffix.lower() == ".png" and len(made) == 1:
+        paths = [out]
+    elif out.suffix:
+        raise UserError(f"{len(made)} pictures need a folder; {out} is a file name")
+    else:
+        paths = [out / f"{i:05d}.png" for i in range(len(made))]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for one, path in zip(made, paths, strict=True):
+        save_png(one.picture, path, one.provenance)
+        click.echo(path)
+    if sheet:
+        from clip_train.sheet import contact_sheet, save_sheet
+
+        labels = [one.provenance.get("caption", f"seed {one.provenance['seed']}") for one in made]
+        save_sheet(contact_sheet([one.picture for one in made], labels), sheet)
+        say(f"wrote {sheet}")
+
+
+@cli.group(context_settings=CONTEXT)
+def evaluate() -> None:
+    """Put a number on CLIP, the prior, or the whole loop."""
+
+
+@evaluate.command("clip", context_settings=CONTEXT)
+@click.option("--shards", required=True, help="Shards kept from training.")
+@click.option("--clip", required=True, type=click.Path(path_type=Path), help="CLIP folder.")
+@click.option("--label-field", default="label", show_default=True, help="Equal values are right answers.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this json file.")
+@device_option
+def evaluate_clip(shards: str, clip: Path, label_field: str, out: Path | None, device: str) -> None:
+    """Retrieval with many right answers: recall@1, 5, 10 both ways, beside chance.
+
+    \b
+    Example:  unclip evaluate clip --shards 'shards/val-*.tar' --clip clip
+    """
+    from clip_train.evaluate import evaluate_clip
+    from clip_train.ranks import pick_device
+
+    figures = evaluate_clip(
+        shards, clip, label_field=label_field, device=pick_device(device), on_progress=Bars("embed")
+    )
+    write_figures(figures, out)
+
+
+@evaluate.command("prior", context_settings=CONTEXT)
+@click.option("--embeddings", required=True, type=click.Path(path_type=Path), help="Embeddings kept from training.")
+@click.option("--prior", required=True, type=click.Path(path_type=Path), help="Prior folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this json file.")
+@device_option
+def evaluate_prior(embeddings: Path, prior: Path, out: Path | None, device: str) -> None:
+    """The prior beside what it must beat: cosine to the true image embedding, and the true picture's rank.
+
+    \b
+    Example:  unclip evaluate prior --embeddings emb-val --prior prior
+    """
+    from clip_train.ranks import pick_device
+    from diffusion.evaluate import evaluate_prior_folder
+
+    write_figures(evaluate_prior_folder(embeddings, prior, device=pick_device(device)), out)
+
+
+@evaluate.command("loop", context_settings=CONTEXT)
+@click.option("--embeddings", required=True, type=click.Path(path_type=Path), help="Rows to generate from and to rank.")
+@click.option("--prior", required=True, type=click.Path(path_type=Path), help="Prior folder.")
+@click.option("--decoder", required=True, type=click.Path(path_type=Path), help="Decoder folder.")
+@click.option("--clip", type=click.Path(path_type=Path), help="CLIP folder; by default where the decoder says it was.")
+@click.option("--count", default=100, show_default=True, type=click.IntRange(1), help="Captions tried.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Decides which captions.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this json file.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write the pictures of all three ways to this PNG.")
+@device_option
+def evaluate_loop(embeddings, prior, decoder, clip, count, seed, out, sheet, device) -> None:
+    """The round trip: generate, embed the picture, rank the true one; from true, prior and text embeddings.
+
+    \b
+    Example:  unclip evaluate loop --embeddings emb --prior prior --decoder decoder
+    """
+    from clip_train.ranks import pick_device
+    from diffusion.evaluate import evaluate_loop_folders
+
+    figures, drawn = evaluate_loop_folders(
+        embeddings, prior, decoder, clip, count=count, seed=seed, device=pick_device(device), on_progress=Bars("loop")
+    )
+    if sheet:
+        from clip_train.sheet import save_sheet
+
+        save_sheet(drawn, sheet)
+        say(f"wrote {sheet}")
+    write_figures(figures, out)
+
+
+def write_figures(figures: dict[str, Any], out: Path | None) -> None:
+    """Figures as json on stdout, and in a file if one is named."""
+    text = json.dumps(figures, indent=1)
+    if out:
+        from clip_train.folder import write_file
+
+        write_file(out, text.encode())
+    click.echo(text)
+
+
+@cli.command(context_settings=CONTEXT)
+@out_option("quickstart")
+@click.option("--minutes", default=9.0, show_default=True, type=click.FloatRange(0.5), help="Time for all stages.")
+@click.option("--size", default=32, show_default=True, type=click.Choice([32, 64]), help="Side of generated pictures.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Seed of everything random.")
+@device_option
+def quickstart(out: Path, minutes: float, size: int, seed: int, device: str) -> None:
+    """The whole loop on real pictures: shard, train CLIP, embed, index, search, train prior and decoder, generate.
+
+    The pictures are the Twemoji drawings (CC-BY-4.0) with their Unicode names, from pip install 'unclip[demo]'.
+    Writes OUT/report.html to look at and OUT/report.json to read; a second run resumes, or finds everything done.
+
+    \b
+    Example:  unclip quickstart --minutes 5
+    """
+    from diffusion.quickstart import run_quickstart
+
+    report = run_quickstart(out, minutes=minutes, image_size=size, seed=seed, device=device, bars=Bars, say=say)
+    say(f"look at: {report}")
 
 
 if __name__ == "__main__":

@@ -10,21 +10,24 @@ from clip_train.folder import Workspace
 from clip_train.settings import UserError
 
 
-def start(device: str = "auto") -> torch.device:
-    """This process's device; joins the process group when torchrun started us.
-
-    device: "auto" (CUDA if there, else MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
-    """
+def pick_device(device: str = "auto") -> torch.device:
+    """"auto" (CUDA if there, else MPS, else CPU), "cpu", "cuda", "cuda:1", "mps"; UserError if torch does not see it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device}: no such device; use auto, cpu, cuda or mps") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no CUDA GPU; use --device cpu")
+    if chosen.type == "cuda" and not (chosen.index or 0) < torch.cuda.device_count():
+        raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {device}: torch sees no Apple GPU; use --device cpu")
+    return chosen
+
+
+def start(device: str | torch.device = "auto") -> torch.device:
+    """This process's device; joins the process group when torchrun started us."""
+    chosen = pick_device(str(device))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -184,13 +184,13 @@ def train_clip(
 
 
 def decoded(samples: ShardSet, size: int, work: Path, cache_gb: float, on_progress: Progress | None) -> Pictures:
-    """The samples' pictures, decoded once by the main rank into the work folder's scratch when they fit."""
-    cache = work / "scratch" / f"pictures-{size}.npy"
+    """The samples' pictures, decoded once by the main rank into the work folder's scratch/ when they fit."""
+    scratch = work / "scratch"
     if ranks.is_main():
-        cache.parent.mkdir(exist_ok=True)
-        pictures = Pictures(samples, size, cache, int(cache_gb * 1e9), on_progress)
+        scratch.mkdir(exist_ok=True)
+        pictures = Pictures(samples, size, scratch, cache_gb * 1e9, on_progress)
     ranks.barrier()
-    return pictures if ranks.is_main() else Pictures(samples, size, cache, int(cache_gb * 1e9))
+    return pictures if ranks.is_main() else Pictures(samples, size, scratch, cache_gb * 1e9)
 
 
 class CaptionTable:

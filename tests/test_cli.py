@@ -1,0 +1,115 @@
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import cli
+from clip_train.settings import Interrupted, UserError
+
+
+def commands(group=cli.cli, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+ALL = dict(commands())
+
+
+def test_the_commands_of_the_plan_are_there():
+    plan = ["shard", "train clip", "train prior", "train decoder", "embed", "index", "search", "generate"]
+    plan += ["evaluate loop", "evaluate clip", "evaluate prior", "quickstart"]
+    assert {tuple(name.split()) for name in plan} <= ALL.keys()
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_every_command_has_help_and_every_option_says_what_it_does(path):
+    command = ALL[path]
+    answer = CliRunner().invoke(cli.cli, [*path, "--help"])
+    assert answer.exit_code == 0
+    if not isinstance(command, click.Group):
+        assert "Example:" in answer.output
+        missing = [p.name for p in command.params if isinstance(p, click.Option) and not p.help and p.name != "k"]
+        assert missing == []
+
+
+def test_help_answers_in_under_four_tenths_of_a_second():
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cli", "train", "clip", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.4
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (UserError("two\nlines of\n  trouble"), 2, "unclip: two lines of trouble\n"),
+        (Interrupted(15, 7), 143, "stopped after step 7"),
+        (KeyboardInterrupt(), 130, "go on"),
+        (
+            OSError(28, "No space left on device", "clip.partial/x"),
+            2,
+            "unclip: clip.partial/x: No space left on device\n",
+        ),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, words):
+    def broken(**_):
+        raise error
+
+    monkeypatch.setattr(cli.cli, "main", broken)
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == code
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "clip", "--shards", "nowhere"], "nowhere"),
+        (["embed", "--shards", "nowhere", "--clip", "clip"], "nowhere"),
+        (["index", "--embeddings", "nowhere"], "nowhere/ does not exist; make it: unclip embed"),
+        (["search", "fox", "--index", "nowhere"], "nowhere/ does not exist; make it: unclip index"),
+        (["search", "--index", "nowhere"], "nothing to search for"),
+        (["shard", "nowhere"], "nowhere"),
+        (["generate", "fox", "--decoder", "nowhere"], "--prior"),
+        (["generate", "--decoder", "nowhere"], "one of the three"),
+        (["train", "prior", "--embeddings", "nowhere"], "nowhere/ does not exist"),
+        (["train", "clip", "--shards", "x", "--preset", "huge"], "no preset 'huge'"),
+        (["train", "clip", "--shards", "x", "--set", "depth=3"], "--set depth=3"),
+        (["train", "clip", "--shards", "x", "--steps", "3", "--minutes", "2"], "contradict"),
+        (["embed", "--shards", "x", "--clip", "c", "--device", "cuda:99"], "--device cuda:99"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_a_command_that_cannot_run_says_why_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unclip", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    told = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert words in told and told.count("\n") == 1 and "Traceback" not in told
+    assert list(tmp_path.iterdir()) == []  # and nothing was left behind
+
+
+def test_a_table_lines_up_its_columns(capsys):
+    cli.print_table(("rank", "caption"), [(1, "a"), (10, "two\nlines")])
+    assert capsys.readouterr().out == "rank  caption\n1     a\n10    two lines\n"
+
+
+def test_progress_bars_show_the_rate_and_end_when_done(capsys):
+    bars = cli.Bars("work")
+    for i in range(1, 4):
+        bars(i, 3, loss=0.5)
+    assert bars.bar is None
+    told = capsys.readouterr().err
+    assert "work" in told and "3/3" in told and "loss=0.5" in told
