@@ -264,9 +264,8 @@ def index(embeddings: Path, out: Path, **options: Any) -> None:
     made = build_index(embeddings, out, **options, on_progress=Bars("index")).result
     for modality in ("image", "text"):
         chosen = made[modality]
-        say(
-            f"{out}/{modality}.index: {chosen['kind']}, recall@10 {chosen['recall']:.3f}, {chosen['queries_per_second']:.0f} queries/s"
-        )
+        measured = f"recall@10 {chosen['recall']:.3f}, {chosen['queries_per_second']:.0f} queries/s"
+        say(f"{out}/{modality}.index: {chosen['kind']}, {measured}")
     say(f'next: unclip search "a red fox" --index {out}')
 
 

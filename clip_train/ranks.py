@@ -11,7 +11,7 @@ from clip_train.settings import UserError
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """"auto" (CUDA if there, else MPS, else CPU), "cpu", "cuda", "cuda:1", "mps"; UserError if torch does not see it."""
+    """auto (CUDA if there, else MPS, else CPU), cpu, cuda, cuda:1, mps; UserError if torch does not see it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

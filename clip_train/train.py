@@ -62,13 +62,14 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(
-        "CPU, minutes: convolutional tower at 48 px, two-layer text tower",
+        "CPU, minutes: convolutional tower at 48 px, one-layer text tower",
         ClipConfig(
             vision={"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"},
             image_size=48,
+            text_layers=1,
             context_length=24,
         ),
-        FitConfig(minutes=20.0, batch_size=256, lr=1e-3, weight_decay=0.1),
+        FitConfig(minutes=20.0, batch_size=256, lr=2e-3, weight_decay=0.1),
     ),
     "small": Preset(
         "one GPU, an hour: ResNet-50 at 96 px, six-layer text tower",

@@ -1,0 +1,318 @@
+"""EmbeddingStore: the on-disk contract between CLIP and all that follows.
+
+The layout is clip-retrieval's, plus captions_emb/:
+
+    img_emb/img_emb_N.npy            (n, D) float16, unit rows: one picture each
+    text_emb/text_emb_N.npy          (n, D) float16, unit rows: the picture's first caption
+    metadata/metadata_N.parquet      n rows: image_path (the sample's key), caption, captions, then the sample's json
+    captions_emb/captions_emb_N.npy  (m, D) float16, unit rows: every caption of every picture of the part
+    captions_emb/captions_row_N.npy  (m,) int64, ascending: the row in the part that each of them belongs to
+
+Row i of the first three is one sample. A row number of the whole store counts through the parts in the order of their
+names; N is zero-padded, so that this is the order of the shards. Parts without rows have no files.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_train.folder import Manifest, read_manifest, write_file
+from clip_train.settings import UserError
+
+NORM_TOLERANCE = 5e-3  # a unit row rounded to float16 is off by less than 1e-3
+SAMPLED_ROWS = 4096  # rows whose values open() looks at
+
+
+class EmbeddingStore:
+    """Embeddings on disk, memory-mapped. Rows are handed out as float32, of unit length to float16's rounding."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.table = MetadataTable(folder / "metadata")
+        self.names = [path.stem.removeprefix("metadata_") for path in self.table.paths]
+        self.image_parts = [_map(folder / "img_emb" / f"img_emb_{name}.npy") for name in self.names]
+        self.text_parts = [_map(folder / "text_emb" / f"text_emb_{name}.npy") for name in self.names]
+        self.starts = self.table.starts  # part p holds rows starts[p] .. starts[p + 1]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "EmbeddingStore":
+        """Map the parts and check them; the values of a few thousand rows are looked at, spread over all parts.
+
+        UserError: not an embeddings folder, a file missing or cut short, parts that disagree, rows not of length 1.
+        """
+        folder = Path(folder)
+        store = cls(folder, read_manifest(folder, "embeddings"))
+        if not len(store):
+            raise UserError(f"{folder}/ holds no embeddings; {_AGAIN}")
+        store._check()
+        return store
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def dim(self) -> int:
+        """D, the width of an embedding."""
+        return self.image_parts[0].shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def image(self, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """(N, D) float32 picture embeddings, of all rows or of those asked for."""
+        return self._rows(self.image_parts, rows)
+
+    def text(self, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """(N, D) float32 embeddings of the first captions, of all rows or of those asked for."""
+        return self._rows(self.text_parts, rows)
+
+    def blocks(self, size: int = 65536, modality: str = "image") -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, (b, D) float32) with b <= size, through the whole store; never more than a block in memory."""
+        parts = {"image": self.image_parts, "text": self.text_parts}[modality]
+        for start, part in zip(self.starts, parts, strict=False):
+            for low in range(0, len(part), size):
+                yield int(start) + low, np.asarray(part[low : low + size], dtype=np.float32)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The sample key of every row."""
+        return self.table.column("image_path")
+
+    @cached_property
+    def metadata(self) -> Any:
+        """Everything known of every row, as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.concat([part.to_pandas() for part in self.table.parts()], ignore_index=True)
+
+    def captions(self) -> tuple[np.ndarray, np.ndarray]:
+        """(M, D) float32 embeddings of all captions, and (M,) the row of the store that each belongs to, ascending."""
+        emb, row = [], []
+        for start, count, name in zip(self.starts, self.table.counts, self.names, strict=False):
+            emb.append(np.asarray(_map(self.folder / "captions_emb" / f"captions_emb_{name}.npy"), dtype=np.float32))
+            row.append(_map(self.folder / "captions_emb" / f"captions_row_{name}.npy"))
+            if emb[-1].shape != (len(row[-1]), self.dim) or set(np.unique(row[-1])) != set(range(count)):
+                raise UserError(
+                    f"{self.folder}/captions_emb/ part {name} is {emb[-1].shape} for {len(row[-1])} captions of "
+                    f"{count} rows of width {self.dim}; {_AGAIN}"
+                )
+            row[-1] = row[-1] + start
+        return np.concatenate(emb), np.concatenate(row)
+
+    def caption_texts(self) -> list[str]:
+        """The text of every row of captions()."""
+        return [text for texts in self.table.column("captions") for text in texts]
+
+    def where(self, row: int) -> str:
+        """A row's place on disk, for error messages."""
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return f"part {self.names[part]}, row {row - int(self.starts[part])}"
+
+    def _rows(self, parts: list[np.ndarray], rows: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        if rows is None:
+            return np.concatenate([np.asarray(part, dtype=np.float32) for part in parts])
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise IndexError(f"rows {rows.min()} .. {rows.max()} of a store of {len(self)}")
+        out = np.empty((len(rows), self.dim), dtype=np.float32)
+        owner = np.searchsorted(self.starts, rows, side="right") - 1
+        for p in np.unique(owner):
+            mine = owner == p
+            out[mine] = parts[p][rows[mine] - self.starts[p]]
+        return out
+
+    def _check(self) -> None:
+        width = self.image_parts[0].shape[1:]
+        share = -(-SAMPLED_ROWS // len(self.names))
+        for p, name in enumerate(self.names):
+            image, text = self.image_parts[p], self.text_parts[p]
+            if not len(image) == len(text) == self.table.counts[p]:
+                raise UserError(
+                    f"{self.folder}/ part {name} has {len(image)} picture rows, {len(text)} text rows and "
+                    f"{self.table.counts[p]} metadata rows; they must be equal; {_AGAIN}"
+                )
+            for kind, rows in (("img_emb", image), ("text_emb", text)):
+                if rows.ndim != 2 or rows.shape[1:] != width:
+                    raise UserError(
+                        f"{self.folder}/{kind}/ part {name} is {rows.shape}, but part {self.names[0]} is "
+                        f"{len(self.image_parts[0])} rows of width {width[0] if width else '?'}; {_AGAIN}"
+                    )
+                looked_at = np.linspace(0, len(rows) - 1, min(len(rows), share)).astype(int)
+                bad = first_not_unit(rows[looked_at])
+                if bad is not None:
+                    raise UserError(
+                        f"{self.folder}/{kind}/ part {name}, row {looked_at[bad]} has length "
+                        f"{np.linalg.norm(rows[looked_at[bad]].astype(np.float32)):.3g}, not 1; {_AGAIN}"
+                    )
+
+
+class MetadataTable:
+    """The parquet files of a metadata folder as one table, in the order of their names; read part by part."""
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.paths = sorted(folder.glob("*.parquet"))
+        try:
+            self.counts = [pq.read_metadata(path).num_rows for path in self.paths]
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            raise UserError(f"{folder}/ cannot be read: {_line(error)}; {_AGAIN}") from error
+        self.starts = np.cumsum([0, *self.counts])
+        self._part = lru_cache(maxsize=64)(self._read)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def row(self, row: int) -> dict[str, Any]:
+        """One row as {column: value}, without the columns that are empty in it."""
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        values = self._part(part).slice(row - int(self.starts[part]), 1).to_pylist()[0]
+        return {name: value for name, value in values.items() if value is not None}
+
+    def column(self, name: str) -> list[Any]:
+        """One column of all rows; None where a part does not have it."""
+        out: list[Any] = []
+        for part, count in enumerate(self.counts):
+            table = self._read(part, (name,))
+            out += table.column(name).to_pylist() if name in table.column_names else [None] * count
+        return out
+
+    def parts(self) -> Iterator[Any]:
+        """Every part as a pyarrow Table."""
+        return (self._read(part) for part in range(len(self.paths)))
+
+    def _read(self, part: int, columns: tuple[str, ...] | None = None) -> Any:
+        import pyarrow.parquet as pq
+
+        try:
+            file = pq.ParquetFile(self.paths[part])
+            return file.read(columns=None if columns is None else [c for c in columns if c in file.schema_arrow.names])
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.paths[part]} cannot be read: {_line(error)}; {_AGAIN}") from error
+
+
+class EmbeddingWriter:
+    """Writes the parts of an embeddings folder, whole or not at all; a killed run's finished parts are kept."""
+
+    def __init__(self, folder: Path, parts: int) -> None:
+        """folder: the workspace. parts: how many parts there will be, empty ones included."""
+        self.folder = folder
+        self.digits = len(str(parts))
+        for name in ("img_emb", "text_emb", "captions_emb", "metadata", "scratch"):
+            (folder / name).mkdir(exist_ok=True)
+
+    def finished(self, part: int) -> dict[str, Any] | None:
+        """What write() noted about the part, if it is whole."""
+        try:
+            return json.loads(self._note(part).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def write(
+        self,
+        part: int,
+        image: np.ndarray,
+        captions: np.ndarray,
+        captions_row: np.ndarray,
+        metadata: Sequence[Mapping[str, Any]],
+        note: Mapping[str, Any],
+    ) -> None:
+        """Write one part. image (n, D); captions (m, D); captions_row (m,) ascending, every row 0 .. n-1 in it.
+
+        metadata: n dicts that hold image_path, caption and captions first. note: kept until publish, for finished().
+        A part is whole when its note is there; the note comes last, the metadata before it.
+        """
+        n = len(image)
+        if n:
+            first = np.searchsorted(captions_row, np.arange(n))
+            assert len(metadata) == n and np.array_equal(captions_row[first], np.arange(n)), "a row without a caption"
+            name = f"{part:0{self.digits}d}"
+            self._save(f"img_emb/img_emb_{name}.npy", image.astype(np.float16))
+            self._save(f"text_emb/text_emb_{name}.npy", captions[first].astype(np.float16))
+            self._save(f"captions_emb/captions_emb_{name}.npy", captions.astype(np.float16))
+            self._save(f"captions_emb/captions_row_{name}.npy", captions_row.astype(np.int64))
+            write_file(self.folder / "metadata" / f"metadata_{name}.parquet", _parquet(metadata))
+        write_file(self._note(part), json.dumps(dict(note)).encode())
+
+    def _note(self, part: int) -> Path:
+        return self.folder / "scratch" / f"part_{part:0{self.digits}d}.json"
+
+    def _save(self, name: str, array: np.ndarray) -> None:
+        file = io.BytesIO()
+        np.save(file, array)
+        write_file(self.folder / name, file.getvalue())
+
+
+def first_not_unit(rows: np.ndarray) -> int | None:
+    """The first of (N, D) rows that is not finite or not of length 1."""
+    norms = np.linalg.norm(np.asarray(rows, dtype=np.float32), axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # not (..) also catches NaN
+    return int(bad[0]) if len(bad) else None
+
+
+_AGAIN = "make it again: unclip embed"
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {_AGAIN}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged: {_line(error)}; {_AGAIN}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Nested json becomes a.b columns, as clip-retrieval flattens it; a column of several types becomes json text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = [_flat(row) for row in rows]
+    names = dict.fromkeys(name for row in flat for name in row)
+    file = io.BytesIO()
+    pq.write_table(pa.table({name: _column([row.get(name) for row in flat]) for name in names}), file)
+    return file.getvalue()
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in row.items():
+        out.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return out
+
+
+def _column(values: list[Any]) -> Any:
+    import pyarrow as pa
+
+    try:
+        column = pa.array(values)
+        if "struct" not in str(column.type):  # a struct may be empty, which parquet cannot hold
+            return column
+    except (pa.ArrowException, OverflowError, UnicodeError):
+        pass
+    texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+    return pa.array([v if v is None else v.encode(errors="replace").decode() for v in texts])
+
+
+def read_vectors(path: Path | str) -> np.ndarray:
+    """The rows of a .npy file, (Q, D) float32; one vector (D,) is one row. UserError if it holds anything else."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as a .npy file of vectors ({_line(error)})") from error
+    rows = rows[None] if getattr(rows, "ndim", 0) == 1 else rows
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.dtype.kind not in "fiu" or not rows.size:
+        shape = getattr(rows, "shape", type(rows).__name__)
+        raise UserError(f"{path} holds {shape} of {getattr(rows, 'dtype', 'no type')}, not vectors (Q, D)")
+    return np.ascontiguousarray(rows, dtype=np.float32)
