@@ -1,0 +1,214 @@
+"""Does it work? The prior against its baselines, and the round trip: embedding -> picture -> embedding -> rank."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from clip_train import metrics
+from clip_train.folder import Manifest, read_manifest
+from clip_train.model import Clip
+from clip_train.pictures import to_pixels
+from clip_train.settings import Progress, UserError
+from clip_train.sheet import contact_sheet
+from clip_train.store import EmbeddingStore
+from diffusion.generate import Generated, Generator, Sampling
+from diffusion.prior import PriorDenoiser, sample_prior, text_cond
+from diffusion.train import load_prior
+
+
+def guesses(
+    prior: PriorDenoiser, text: Tensor, seeds: Sequence[int], *, steps: int = 16, guidance: float = 1.0
+) -> dict[str, Tensor]:
+    """Image embeddings for text rows (N, D) by the prior and by all that is simpler; unit rows, name -> (N, D).
+
+    The baselines' means and ridge matrix are those of the prior's own training pairs, which it carries.
+    """
+    own = prior.network
+    shifted = text - own.text_mean + own.image_mean
+    return {
+        "prior": sample_prior(prior, text, seeds, steps=steps, guidance=guidance),
+        "prior mean": sample_prior(prior, text, seeds, steps=1, guidance=guidance),
+        "ridge": F.normalize(own.guess(text_cond(text)), dim=-1),
+        "text + shift": F.normalize(shifted, dim=-1),
+        "text": F.normalize(text, dim=-1),
+        "mean image": F.normalize(own.image_mean, dim=-1).expand_as(text),
+    }
+
+
+def evaluate_prior(
+    prior: PriorDenoiser,
+    text: Tensor,
+    image: Tensor,
+    *,
+    seeds: Sequence[int] | None = None,
+    steps: int = 16,
+    guidance: float = 1.0,
+    candidates: Tensor | None = None,
+    answers: Sequence[int] | None = None,
+) -> dict[str, dict[str, float]]:
+    """How near each guess comes to the true image embedding. text, image: paired unit rows (N, D) kept from training.
+
+    candidates (R, D) and answers (N,): the picture rows to rank and which one is right; the distinct `image` rows by
+    default. Returns, per guess: cosine (mean to the true row), other (mean to all rows: what a picture of nothing in
+    particular gets), top10 (share with the true picture among the ten nearest). "unrelated" has cosine and top10 of
+    chance: another picture's embedding instead.
+    """
+    seeds = range(len(text)) if seeds is None else seeds
+    if candidates is None:
+        candidates, answers = torch.unique(image, dim=0, return_inverse=True)
+    right, rows = np.asarray(answers), candidates.cpu().numpy()
+    out = {}
+    for name, rows_guessed in guesses(prior, text, seeds, steps=steps, guidance=guidance).items():
+        ranks = metrics.ranks(rows_guessed.cpu().numpy(), rows, right, np.arange(len(rows)))
+        out[name] = {
+            "cosine": (rows_guessed * image).sum(-1).mean().item(),
+            "other": (rows_guessed.mean(0) * candidates.mean(0)).sum().item(),
+            "top10": float((ranks <= 10).mean()),
+        }
+    total = candidates.double().sum(0)
+    pairs = max(1, len(rows) * (len(rows) - 1))
+    cosine = (total.square().sum() - candidates.double().square().sum()).item() / pairs
+    out["unrelated"] = {"cosine": cosine, "other": cosine, "top10": min(1.0, 10 / len(rows))}
+    return out
+
+
+def evaluate_loop(
+    generator: Generator,
+    clip: Clip,
+    captions: Sequence[str],
+    picked: Sequence[int],
+    rows: np.ndarray,
+    *,
+    labels: Sequence | None = None,
+    how: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 64,
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Any], dict[str, list[Generated]]]:
+    """Generate, look at the picture with CLIP, and find the true picture's rank among all: the round trip.
+
+    captions[i] describes the picture of rows[picked[i]]; rows (N, D): the embeddings of all pictures to be told apart.
+    labels (N,): pictures with the label of the right one are right as well. Three ways to the picture: from the "true"
+    image embedding, from the "prior"'s, and from the "text" embedding as it is.
+    Returns numbers (per way top1, top10, median_rank, cosine to the true row; under "chance" what luck gives) and what
+    each way made.
+    """
+    how = how or Sampling()
+    picked = np.asarray(picked)
+    ways = {"true": np.asarray(rows[picked], np.float32), "prior": None, "text": clip.encode_text(list(captions))}
+    if generator.prior is None:
+        del ways["prior"]
+    numbers, made = {}, {}
+    for number, (name, way) in enumerate(ways.items()):
+        more = {"batch_size": batch_size, "on_progress": _part(on_progress, number, len(ways), name)}
+        if way is None:
+            made[name] = generator.from_captions(captions, seeds, how, **more)
+        else:
+            made[name] = generator.from_embeddings(way, seeds, how, **more)
+        seen = embed_pictures(clip, [one.picture for one in made[name]], batch_size)
+        numbers[name] = round_trip(seen, picked, rows, labels)
+    numbers["chance"] = chance(picked, len(rows), labels)
+    return numbers, made
+
+
+def round_trip(
+    seen: np.ndarray, picked: np.ndarray, rows: np.ndarray, labels: Sequence | None = None
+) -> dict[str, float]:
+    """seen (Q, D): embeddings of generated pictures, meant to be those of rows[picked]."""
+    groups = np.arange(len(rows)) if labels is None else np.asarray(labels)
+    rank = metrics.ranks(seen, rows, groups[picked], groups)
+    return {
+        "top1": float((rank == 1).mean()),
+        "top10": float((rank <= 10).mean()),
+        "median_rank": float(np.median(rank)),
+        "cosine": float(metrics.paired_cosines(seen, rows[picked]).mean()),
+    }
+
+
+def chance(picked: np.ndarray, count: int, labels: Sequence | None = None) -> dict[str, float]:
+    """What pictures that have nothing to do with their embeddings would reach among `count` rows, on average."""
+    groups = np.arange(count) if labels is None else np.asarray(labels)
+    values, sizes = np.unique(groups, return_counts=True)
+    right = sizes[np.searchsorted(values, groups[picked])].tolist()
+    return {
+        "top1": float(np.mean([metrics.chance_recall(m, count, 1) for m in right])),
+        "top10": float(np.mean([metrics.chance_recall(m, count, 10) for m in right])),
+        "median_rank": float(np.median([metrics.chance_rank(m, count) for m in right])),
+    }
+
+
+def embed_pictures(clip: Clip, pictures: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
+    """PIL pictures -> CLIP image embeddings (N, D), through the same transform as pictures from shards."""
+    batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
+    rows = [clip.encode_image(torch.stack([to_pixels(one, clip.image_size) for one in some])) for some in batches]
+    return torch.cat(rows).numpy() if rows else np.zeros((0, clip.embed_dim), np.float32)
+
+
+def evaluate_prior_folder(
+    embeddings: Path | str, prior: Path | str, *, device: str | torch.device = "cpu"
+) -> dict[str, dict[str, float]]:
+    """evaluate_prior on an embeddings folder kept from training, one caption per picture."""
+    store = EmbeddingStore.open(embeddings)
+    model, made = load_prior(prior, device)
+    _refuse_other_clip(store, embeddings, made, prior)
+    text, image = (torch.from_numpy(rows).to(device) for rows in (store.text(), store.image()))
+    return evaluate_prior(model, text, image)
+
+
+def evaluate_loop_folders(
+    embeddings: Path | str,
+    prior: Path | str,
+    decoder: Path | str,
+    clip: Path | str | None = None,
+    *,
+    count: int = 100,
+    seed: int = 0,
+    how: Sampling | None = None,
+    device: str | torch.device = "cpu",
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Any], Image.Image]:
+    """evaluate_loop on `count` rows of an embeddings folder, chosen by `seed`. Returns the numbers and a sheet."""
+    store = EmbeddingStore.open(embeddings)
+    generator = Generator.open(decoder, prior, clip, device=device)
+    _refuse_other_clip(store, embeddings, read_manifest(decoder), decoder)
+    if generator.clip is None:
+        raise UserError(f"the CLIP that {decoder}/ was trained with is not where it was; say where: --clip")
+    picked = np.random.default_rng(seed).choice(len(store), min(count, len(store)), replace=False)
+    captions = store.metadata["caption"].iloc[picked].tolist()
+    numbers, made = evaluate_loop(
+        generator, generator.clip, captions, picked, store.image(), labels=labels_of(store), how=how,
+        on_progress=on_progress,
+    )  # fmt: skip
+    shown = [(caption, [made[way][i] for way in made]) for i, caption in enumerate(captions[:24])]
+    pictures = [one.picture for _, row in shown for one in row]
+    labels = [f"{way}: {caption}" for caption, row in shown for way, _ in zip(made, row, strict=True)]
+    return numbers, contact_sheet(pictures, labels, columns=2 * len(made))
+
+
+def labels_of(store: EmbeddingStore) -> np.ndarray:
+    """(N,) integers: rows of one label (of one caption, where there are no labels) are each other's right answers."""
+    table = store.metadata
+    names = table["caption"]
+    if "label" in table:
+        names = table["label"].fillna(names)
+    return np.unique(names.astype(str).str.lower(), return_inverse=True)[1]
+
+
+def _refuse_other_clip(store: EmbeddingStore, embeddings: Path | str, made: Manifest, folder: Path | str) -> None:
+    if store.manifest.inputs["clip"]["fingerprint"] != made.inputs["clip"]["fingerprint"]:
+        raise UserError(
+            f"{embeddings}/ and {folder}/ were made with different CLIPs; embed again with the latter's: "
+            f"unclip embed --clip {made.input_path('clip') or 'clip'}"
+        )
+
+
+def _part(on_progress: Progress | None, number: int, of: int, name: str) -> Progress | None:
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(number * total + done, of * total, way=name)

@@ -1,0 +1,210 @@
+"""The prior: a text embedding -> an image embedding that such a text could have.
+
+CLIP's text and image embeddings live in one space but apart in it, and a text has many pictures; so unCLIP puts a
+diffusion model between them (Ramesh et al. 2022, arXiv 2204.06125, section 2.2): a transformer over
+[text embedding, linear guess, noise level, noisy image embedding, query] whose last token says the clean embedding.
+
+Here the diffusion runs on what a ridge regression leaves over. Its closed form is a good guess already where pairs are
+few, and adding noise does not care where the origin is, so `x - guess` is diffused and nothing else changes.
+Rows are unit length outside; inside times sqrt(D).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_train.settings import UserError
+from diffusion.denoiser import Cond, Denoiser, Scaling
+from diffusion.guidance import classifier_free
+from diffusion.layers import Attention, NoiseLevelEmbedding, silent
+from diffusion.samplers import SampleNoise, sample
+from diffusion.schedule import karras_sigmas
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Everything that decides what the prior is and on what noise it trains. Saved beside the weights."""
+
+    embed_dim: int = 0  # width of the CLIP embedding; 0: what the embeddings say
+    width: int = 256  # of the transformer
+    depth: int = 4  # blocks
+    heads: int = 4
+    dropout: float = 0.1  # in the transformer
+    drop_text: float = 0.1  # share of pairs that lose their text, so that guidance works
+    predict: str = "x0"  # what the network puts out: x0 (as in unCLIP), edm, v, eps
+    density: str = "cosine"  # of sigma in training (schedule.DENSITIES)
+    sigma_mean: float = 0.0  # of ln sigma, for log_normal
+    sigma_std: float = 1.5
+    sigma_data: float = 1.0  # std of a coordinate of what the linear guess leaves over; measured by train_prior
+    sigma_min: float = 0.02  # where sampling ends
+    sigma_max: float = 30.0  # where it starts: far above the longest axis of the embeddings
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"prior: width {self.width} is not a multiple of heads {self.heads}")
+
+
+class Prior(nn.Module):
+    """The network; see the top of the file. Wrap it in PriorDenoiser to get denoised embeddings."""
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.config = config
+        wide, width = config.embed_dim, config.width
+        for name, shape in (("text_mean", (wide,)), ("image_mean", (wide,)), ("ridge", (wide, wide))):
+            self.register_buffer(name, torch.zeros(shape))
+        self.null_text = nn.Parameter(torch.zeros(wide))
+        self.read = nn.ModuleDict({name: nn.Linear(wide, width) for name in ("text", "guess", "noisy")})
+        self.noise_level = NoiseLevelEmbedding(width)
+        self.query = nn.Parameter(torch.zeros(width))
+        self.place = nn.Parameter(0.02 * torch.randn(5, width))
+        self.blocks = nn.ModuleList(TransformerBlock(width, config.heads, config.dropout) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+        self.say = silent(nn.Linear(width, wide))
+
+    def guess(self, cond: Cond) -> Tensor:
+        """The ridge regression's image embedding for a text, or the mean one without a text; (B, D), times sqrt(D)."""
+        shift = (cond["text"] - self.text_mean) @ self.ridge
+        return (self.image_mean + shift.masked_fill(cond["drop"][:, None], 0.0)) * self.config.embed_dim**0.5
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """x: (B, D) of unit size; noise_level (B,); cond: text (B, D) unit rows, drop (B,) bool. Returns raw (B, D)."""
+        scale = self.config.embed_dim**0.5
+        text = torch.where(cond["drop"][:, None], self.null_text, (cond["text"] - self.text_mean) * scale)
+        guess = self.guess(cond) - self.image_mean * scale
+        tokens = [
+            self.read["text"](text),
+            self.read["guess"](guess),
+            self.noise_level(noise_level),
+            self.read["noisy"](x),
+            self.query.expand(len(x), -1),
+        ]
+        h = torch.stack([token.float() for token in tokens], dim=1) + self.place
+        for block in self.blocks:
+            h = block(h)
+        return self.say(self.norm(h[:, -1]))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then an MLP; each normalised before, dropped out and added after (pre-norm)."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm_look, self.look = nn.LayerNorm(width), Attention(width, heads)
+        self.norm_think = nn.LayerNorm(width)
+        self.think = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), silent(nn.Linear(4 * width, width)))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.drop(self.look(self.norm_look(h)))
+        return h + self.drop(self.think(self.norm_think(h)))
+
+
+class PriorDenoiser(Denoiser):
+    """A Prior as a denoiser of image embeddings times sqrt(D), which it sees relative to its linear guess."""
+
+    def __init__(self, config: PriorConfig):
+        super().__init__(Prior(config), Scaling(config.predict, config.sigma_data))
+        self.config = config
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        guess = self.network.guess(cond).float()
+        return guess + super().forward(x - guess, sigma, cond)
+
+
+def text_cond(text: Tensor) -> Cond:
+    """The prior's condition from unit rows (B, D)."""
+    return {"text": text, "drop": torch.zeros(len(text), dtype=torch.bool, device=text.device)}
+
+
+def null_cond(cond: Cond) -> Cond:
+    """The same batch without its texts."""
+    return cond | {"drop": torch.ones_like(cond["drop"])}
+
+
+@torch.no_grad()
+def sample_prior(
+    prior: PriorDenoiser,
+    text: Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int = 16,
+    guidance: float = 1.0,
+    sampler: str = "heun",
+    eta: float = 0.0,
+) -> Tensor:
+    """Image embeddings for text embeddings: unit rows (B, D) -> unit rows (B, D), row i from seeds[i] alone.
+
+    steps: 1 gives the mean of all image embeddings that fit the text, the best single guess by cosine; more give one
+    of them, as the decoder knows them from its training, though farther from any particular picture's: where the mean
+    has cosine c to the truth, expect c^2.
+    """
+    if len(seeds) != len(text):
+        raise ValueError(f"{len(text)} texts but {len(seeds)} seeds")
+    config, device = prior.config, text.device
+    cond = text_cond(text)
+    denoise = classifier_free(prior, cond, null_cond(cond), guidance)
+    noise = SampleNoise(seeds, (config.embed_dim,), device)
+    sigmas = karras_sigmas(steps, config.sigma_min, config.sigma_max)
+    return F.normalize(sample(sampler, denoise, sigmas, noise, eta=eta), dim=-1)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The best linear map from text rows to image rows: image_mean + (text - text_mean) @ ridge."""
+
+    text_mean: Tensor  # (D,)
+    image_mean: Tensor  # (D,)
+    ridge: Tensor  # (D, D)
+    penalty: float  # lambda, relative to the mean eigenvalue of the texts' covariance
+    spread: float  # std of a coordinate of (image - prediction) * sqrt(D), corrected for the fit
+
+    def __call__(self, text: Tensor) -> Tensor:
+        """(B, D) -> (B, D), not normalised."""
+        return self.image_mean + (text - self.text_mean) @ self.ridge
+
+
+def ridge_regression(pairs: Iterable[tuple[Tensor, Tensor]], independent: int | None = None) -> Linear:
+    """Closed-form ridge regression of image rows on text rows, its penalty chosen by generalised cross-validation.
+
+    Golub, Heath and Wahba 1979 (Technometrics 21, eq. 1.4). pairs: blocks of (text (n, D), image (n, D)), read once
+    and kept only as D x D sums, so any number of pairs fits. independent: how many of the pairs count as independent
+    (the number of pictures, when each has several captions); all of them by default.
+    """
+    count, sums = 0, None
+    for text, image in pairs:
+        both = torch.cat([text, image], dim=1).double()
+        block = (both.sum(0), both.T @ both)
+        sums = block if sums is None else (sums[0] + block[0], sums[1] + block[1])
+        count += len(text)
+    wide = len(sums[0]) // 2
+    mean = sums[0] / count
+    covariance = sums[1] / count - torch.outer(mean, mean)
+    cov_tt, cov_ti, var_i = covariance[:wide, :wide], covariance[:wide, wide:], covariance[wide:, wide:].trace()
+
+    values, vectors = torch.linalg.eigh(cov_tt)
+    values = values.clamp(min=0)
+    along = vectors.T @ cov_ti
+    power, size = along.square().sum(1), values.mean().clamp(min=1e-12)
+    n = independent or count
+    best = None
+    for penalty in torch.logspace(-4, 4, 33, dtype=torch.float64).tolist():
+        shrunk = 1 / (values + penalty * size)
+        error = var_i - ((2 * shrunk - values * shrunk**2) * power).sum()
+        freedom = (values * shrunk).sum() + 1
+        if freedom >= n:
+            continue
+        score = error / (1 - freedom / n) ** 2
+        if best is None or score < best[0]:
+            best = (score, penalty, shrunk)
+    score, penalty, shrunk = best
+    return Linear(
+        mean[:wide].float(),
+        mean[wide:].float(),
+        (vectors @ (shrunk[:, None] * along)).float(),
+        penalty,
+        float(score.clamp(min=1e-6)) ** 0.5,
+    )
