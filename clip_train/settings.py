@@ -48,7 +48,7 @@ def config_from_json(cls: type[Config], data: Mapping[str, Any], where: str) -> 
 
 def override(configs: Sequence[Any], pairs: Sequence[str]) -> list[Any]:
     """Copies of `configs` with `key=value` strings applied, each to the config that has the key, read as its type."""
-    configs = list(configs)
+    changes: list[dict[str, Any]] = [{} for _ in configs]
     for pair in pairs:
         name, equals, text = pair.partition("=")
         owners = [i for i, c in enumerate(configs) if name in {f.name for f in dataclasses.fields(c)}]
@@ -57,9 +57,8 @@ def override(configs: Sequence[Any], pairs: Sequence[str]) -> list[Any]:
             raise UserError(f"--set {pair}: expected key=value with a key out of: {', '.join(known)}")
         for i in owners:
             hint = typing.get_type_hints(type(configs[i]))[name]
-            value = _converted(_parsed(text), hint, f"--set {name}", text)
-            configs[i] = dataclasses.replace(configs[i], **{name: value})
-    return configs
+            changes[i][name] = _converted(_parsed(text), hint, f"--set {name}", text)
+    return [dataclasses.replace(c, **some) for c, some in zip(configs, changes, strict=True)]
 
 
 def _parsed(text: str) -> Any:
