@@ -208,16 +208,19 @@ class CaptionTable:
         labels = [samples.label(i, label_field) or captions[i][0] for i in range(len(samples))]
         self.group = torch.tensor([groups.setdefault(label.lower(), len(groups)) for label in labels])  # (N,)
 
-    def pick(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        """For samples `rows`, one caption each at random: its tokens, its caption's id, its sample's group."""
+    def pick(self, rows: np.ndarray, uniform: np.ndarray) -> Batch:
+        """For samples `rows`, the caption that `uniform` (B,) in [0, 1) chooses: tokens, its id, the sample's group."""
         low, high = self.first[rows], self.first[rows + 1]
-        chosen = torch.from_numpy(low + (rng.random(len(rows)) * (high - low)).astype(np.int64))
+        chosen = torch.from_numpy(low + (uniform * (high - low)).astype(np.int64))
         tokens = self.tokens[chosen].long()
         return {"tokens": tokens, "caption": self.caption[chosen], "group": self.group[torch.from_numpy(rows)]}
 
 
 class CaptionedBatches:
-    """Batches of pictures, each with one of its captions; a step's draw depends on (seed, step, rank) alone."""
+    """Batches of pictures, each with one of its captions; what a step draws depends on (seed, step) alone.
+
+    The ranks share one draw, so that several of them train on what one alone would.
+    """
 
     def __init__(self, pictures: Batches, captions: CaptionTable, seed: int) -> None:
         self.pictures = pictures
@@ -226,9 +229,9 @@ class CaptionedBatches:
 
     def __call__(self, start_step: int) -> Iterator[Batch]:
         for step, batch in enumerate(self.pictures(start_step), start_step):
-            rng = np.random.default_rng((self.seed, step, ranks.rank()))
             rows = batch.pop("row").numpy()
-            yield batch | self.captions.pick(rows, rng)
+            uniform = np.random.default_rng((self.seed, step)).random((ranks.world_size(), len(rows)))
+            yield batch | self.captions.pick(rows, uniform[ranks.rank()])
 
 
 def preset(name: str, pairs: Sequence[str] = ()) -> tuple[ClipConfig, FitConfig]:
