@@ -66,10 +66,12 @@ PRESETS = {
         ClipConfig(
             vision={"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"},
             image_size=48,
+            text_width=512,
             text_layers=1,
+            text_heads=8,
             context_length=24,
         ),
-        FitConfig(minutes=20.0, batch_size=256, lr=2e-3, weight_decay=0.1),
+        FitConfig(minutes=20.0, batch_size=256, lr=2e-3, weight_decay=0.5, ema=0.99),
     ),
     "small": Preset(
         "one GPU, an hour: ResNet-50 at 96 px, six-layer text tower",

@@ -30,14 +30,14 @@ def guesses(
     The baselines' means and ridge matrix are those of the prior's own training pairs, which it carries.
     """
     own = prior.network
-    shifted = text - own.text_mean + own.image_mean
+    shifted = text - own.linear.input_mean + own.linear.output_mean
     return {
         "prior": sample_prior(prior, text, seeds, steps=steps, guidance=guidance),
         "prior mean": sample_prior(prior, text, seeds, steps=1, guidance=guidance),
         "ridge": F.normalize(own.guess(text_cond(text)), dim=-1),
         "text + shift": F.normalize(shifted, dim=-1),
         "text": F.normalize(text, dim=-1),
-        "mean image": F.normalize(own.image_mean, dim=-1).expand_as(text),
+        "mean image": F.normalize(own.linear.output_mean, dim=-1).expand_as(text),
     }
 
 

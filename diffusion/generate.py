@@ -47,7 +47,7 @@ class Sampling:
     prior_guidance: float = 1.0
     grid: str = "karras"  # of the decoder's noise levels: karras, cosine
     sigma_min: float = 0.01
-    sigma_max: float = 80.0
+    sigma_max: float = 20.0
     precision: str = "fp32"  # bf16, or auto, is about twice as fast; then a picture varies a little with the batch
 
     def __post_init__(self) -> None:

@@ -19,6 +19,8 @@ class NoiseLevelEmbedding(nn.Module):
         octaves = torch.linspace(-3, 5, frequencies)
         self.register_buffer("waves", 2 * math.pi * 2**octaves, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        for layer in (self.mlp[0], self.mlp[2]):  # torch's own start is so small that other inputs drown the level
+            nn.init.normal_(layer.weight, std=2 * layer.in_features**-0.5)
 
     def forward(self, noise_level: Tensor) -> Tensor:
         angle = noise_level.float()[:, None] * self.waves

@@ -4,12 +4,11 @@ CLIP's text and image embeddings live in one space but apart in it, and a text h
 diffusion model between them (Ramesh et al. 2022, arXiv 2204.06125, section 2.2): a transformer over
 [text embedding, linear guess, noise level, noisy image embedding, query] whose last token says the clean embedding.
 
-Here the diffusion runs on what a ridge regression leaves over. Its closed form is a good guess already where pairs are
-few, and adding noise does not care where the origin is, so `x - guess` is diffused and nothing else changes.
-Rows are unit length outside; inside times sqrt(D).
+Here the diffusion runs on what a ridge regression leaves over (ridge.py). Rows are unit length outside; inside times
+sqrt(D).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from clip_train.settings import UserError
 from diffusion.denoiser import Cond, Denoiser, Scaling
 from diffusion.guidance import classifier_free
 from diffusion.layers import Attention, NoiseLevelEmbedding, silent
+from diffusion.ridge import LinearGuess
 from diffusion.samplers import SampleNoise, sample
 from diffusion.schedule import karras_sigmas
 
@@ -54,8 +54,7 @@ class Prior(nn.Module):
         super().__init__()
         self.config = config
         wide, width = config.embed_dim, config.width
-        for name, shape in (("text_mean", (wide,)), ("image_mean", (wide,)), ("ridge", (wide, wide))):
-            self.register_buffer(name, torch.zeros(shape))
+        self.linear = LinearGuess(wide, wide)
         self.null_text = nn.Parameter(torch.zeros(wide))
         self.read = nn.ModuleDict({name: nn.Linear(wide, width) for name in ("text", "guess", "noisy")})
         self.noise_level = NoiseLevelEmbedding(width)
@@ -67,14 +66,13 @@ class Prior(nn.Module):
 
     def guess(self, cond: Cond) -> Tensor:
         """The ridge regression's image embedding for a text, or the mean one without a text; (B, D), times sqrt(D)."""
-        shift = (cond["text"] - self.text_mean) @ self.ridge
-        return (self.image_mean + shift.masked_fill(cond["drop"][:, None], 0.0)) * self.config.embed_dim**0.5
+        return self.linear(cond["text"], cond["drop"]) * self.config.embed_dim**0.5
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, D) of unit size; noise_level (B,); cond: text (B, D) unit rows, drop (B,) bool. Returns raw (B, D)."""
         scale = self.config.embed_dim**0.5
-        text = torch.where(cond["drop"][:, None], self.null_text, (cond["text"] - self.text_mean) * scale)
-        guess = self.guess(cond) - self.image_mean * scale
+        text = torch.where(cond["drop"][:, None], self.null_text, (cond["text"] - self.linear.input_mean) * scale)
+        guess = self.guess(cond) - self.linear.output_mean * scale
         tokens = [
             self.read["text"](text),
             self.read["guess"](guess),
@@ -150,61 +148,3 @@ def sample_prior(
     noise = SampleNoise(seeds, (config.embed_dim,), device)
     sigmas = karras_sigmas(steps, config.sigma_min, config.sigma_max)
     return F.normalize(sample(sampler, denoise, sigmas, noise, eta=eta), dim=-1)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """The best linear map from text rows to image rows: image_mean + (text - text_mean) @ ridge."""
-
-    text_mean: Tensor  # (D,)
-    image_mean: Tensor  # (D,)
-    ridge: Tensor  # (D, D)
-    penalty: float  # lambda, relative to the mean eigenvalue of the texts' covariance
-    spread: float  # std of a coordinate of (image - prediction) * sqrt(D), corrected for the fit
-
-    def __call__(self, text: Tensor) -> Tensor:
-        """(B, D) -> (B, D), not normalised."""
-        return self.image_mean + (text - self.text_mean) @ self.ridge
-
-
-def ridge_regression(pairs: Iterable[tuple[Tensor, Tensor]], independent: int | None = None) -> Linear:
-    """Closed-form ridge regression of image rows on text rows, its penalty chosen by generalised cross-validation.
-
-    Golub, Heath and Wahba 1979 (Technometrics 21, eq. 1.4). pairs: blocks of (text (n, D), image (n, D)), read once
-    and kept only as D x D sums, so any number of pairs fits. independent: how many of the pairs count as independent
-    (the number of pictures, when each has several captions); all of them by default.
-    """
-    count, sums = 0, None
-    for text, image in pairs:
-        both = torch.cat([text, image], dim=1).double()
-        block = (both.sum(0), both.T @ both)
-        sums = block if sums is None else (sums[0] + block[0], sums[1] + block[1])
-        count += len(text)
-    wide = len(sums[0]) // 2
-    mean = sums[0] / count
-    covariance = sums[1] / count - torch.outer(mean, mean)
-    cov_tt, cov_ti, var_i = covariance[:wide, :wide], covariance[:wide, wide:], covariance[wide:, wide:].trace()
-
-    values, vectors = torch.linalg.eigh(cov_tt)
-    values = values.clamp(min=0)
-    along = vectors.T @ cov_ti
-    power, size = along.square().sum(1), values.mean().clamp(min=1e-12)
-    n = independent or count
-    best = None
-    for penalty in torch.logspace(-4, 4, 33, dtype=torch.float64).tolist():
-        shrunk = 1 / (values + penalty * size)
-        error = var_i - ((2 * shrunk - values * shrunk**2) * power).sum()
-        freedom = (values * shrunk).sum() + 1
-        if freedom >= n:
-            continue
-        score = error / (1 - freedom / n) ** 2
-        if best is None or score < best[0]:
-            best = (score, penalty, shrunk)
-    score, penalty, shrunk = best
-    return Linear(
-        mean[:wide].float(),
-        mean[wide:].float(),
-        (vectors @ (shrunk[:, None] * along)).float(),
-        penalty,
-        float(score.clamp(min=1e-6)) ** 0.5,
-    )

@@ -1,6 +1,7 @@
 """train_prior and train_decoder: a folder of data + denoising_loss -> fit -> a folder with config.json and weights."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train import ranks
@@ -15,14 +17,15 @@ from clip_train.checkpoint import load_tensors, load_weights, save_tensors
 from clip_train.fit import Batch, FitConfig, FitResult, fit
 from clip_train.folder import Input, Manifest, Workspace, read_manifest, write_file
 from clip_train.model import Clip
-from clip_train.pictures import Batches
+from clip_train.pictures import Batches, Pictures
 from clip_train.settings import Progress, UserError, config_from_json, config_to_json, override
 from clip_train.shards import ShardSet
 from clip_train.store import EmbeddingStore
 from clip_train.train import decoded
-from diffusion.decoder import DecoderConfig, decoder_denoiser, drop_some, picture_cond
+from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, picture_cond
 from diffusion.denoiser import Denoiser, denoising_loss
-from diffusion.prior import PriorConfig, PriorDenoiser, ridge_regression, text_cond
+from diffusion.prior import PriorConfig, PriorDenoiser, text_cond
+from diffusion.ridge import ridge_regression
 from diffusion.schedule import DENSITIES, stratified
 
 CACHE_GB = 2.0  # pictures are decoded once and kept as bytes, if they fit
@@ -54,7 +57,7 @@ DECODER_PRESETS = {
     "tiny": Preset(
         "CPU, minutes: 32 px",
         DecoderConfig(),
-        FitConfig(minutes=4.0, batch_size=64, lr=1e-3, weight_decay=0.01, beta2=0.99, ema=0.995),
+        FitConfig(minutes=4.0, batch_size=32, lr=3e-3, weight_decay=0.01, beta2=0.98, ema=0.99),
     ),
     "small": Preset(
         "one GPU, under an hour: 64 px",
@@ -107,11 +110,10 @@ def train_prior(
 
     pairs = Pairs.of(store)
     linear = ridge_regression(pairs.blocks(), independent=len(store))
-    config = replace(config, sigma_data=linear.spread)
+    config = replace(config, sigma_data=linear.spread * config.embed_dim**0.5)
     torch.manual_seed(fit_config.seed)
     denoiser = PriorDenoiser(config)
-    for name in ("text_mean", "image_mean", "ridge"):
-        getattr(denoiser.network, name).copy_(getattr(linear, name))
+    denoiser.network.linear.take(linear)
     density, scaling = density_of(config), denoiser.scaling
 
     def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
@@ -164,8 +166,12 @@ def train_decoder(
     image = picture_embeddings(samples, encoder, space.path, tell)
     pictures = decoded(samples, config.image_size, space.path, CACHE_GB, tell)
     captions = samples.captions if config.text else None
+    linear = ridge_regression(guess_pairs(image, pictures, config))
+    moved = config.sigma_mean + math.log(linear.spread / config.sigma_data)
+    config = replace(config, sigma_data=linear.spread, sigma_mean=moved)
     torch.manual_seed(fit_config.seed)
-    denoiser = decoder_denoiser(config)
+    denoiser = DecoderDenoiser(config)
+    denoiser.network.linear.take(linear)
     density, scaling = density_of(config), denoiser.scaling
 
     def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
@@ -185,7 +191,8 @@ def train_decoder(
             yield batch | text_batch(encoder, captions, batch["row"].tolist(), number) if captions else batch
 
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
-    return _publish(space, denoiser, config, result, {"pictures": len(pictures)})
+    notes = {"pictures": len(pictures), "linear_penalty": linear.penalty, "linear_spread": linear.spread}
+    return _publish(space, denoiser, config, result, notes)
 
 
 def prior_settings(
@@ -290,6 +297,14 @@ def picture_embeddings(samples: ShardSet, clip: Clip, work: Path, on_progress: P
     return np.load(path, mmap_mode="r")
 
 
+def guess_pairs(image: np.ndarray, pictures: Pictures, config: DecoderConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """(embedding (n, D), picture (n, 3 g g) in [-1, 1]) of every picture once, g pixels wide as the linear guess."""
+    for start in range(0, len(pictures.rows), 1024):
+        pixels, rows = pictures.load(pictures.rows[start : start + 1024])
+        small = F.interpolate(pixels.float() / 127.5 - 1, config.guess_size, mode="area")
+        yield torch.from_numpy(image[rows].astype(np.float32)), small.flatten(1)
+
+
 def text_batch(clip: Clip, captions: Callable[[int], list[str]], rows: list[int], step: int) -> Batch:
     """The text tower's states of one caption per picture; which of its captions, the step decides."""
     chosen = [captions(row)[(step + row) % len(captions(row))] for row in rows]
@@ -306,7 +321,7 @@ def load_prior(folder: Path | str, device: torch.device | str = "cpu") -> tuple[
 def load_decoder(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denoiser, Manifest]:
     """A decoder folder, ready for use."""
     manifest, config = _saved(folder, "decoder", DecoderConfig)
-    return _ready(decoder_denoiser(config), folder, device), manifest
+    return _ready(DecoderDenoiser(config), folder, device), manifest
 
 
 def _saved(folder: Path | str, kind: str, cls: type) -> tuple[Manifest, PriorConfig | DecoderConfig]:

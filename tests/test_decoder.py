@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_train.settings import UserError, config_from_json, config_to_json
-from diffusion.decoder import DecoderConfig, decoder_denoiser, drop_some, null_cond, picture_cond
+from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, null_cond, picture_cond
 from diffusion.denoiser import denoising_loss
 from diffusion.train import DECODER_PRESETS
 
@@ -25,7 +25,7 @@ def unit(rows, seed, wide=8):
 
 def small_decoder(loud=True, **more):
     torch.manual_seed(0)
-    decoder = decoder_denoiser(DecoderConfig(**SMALL | more)).eval()
+    decoder = DecoderDenoiser(DecoderConfig(**SMALL | more)).eval()
     if loud:  # silent layers would hide every mistake
         for layer in decoder.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -104,6 +104,15 @@ def test_presets_are_whole_and_survive_json(preset):
     assert set(config.attention) & {config.image_size // config.patch // 2**n for n in range(len(config.widths))}
 
 
+def test_roughness_of_a_flat_noisy_picture_is_its_noise_in_units_of_sigma():
+    network, sigma = small_decoder().network, torch.tensor([0.001, 0.1, 10.0])
+    noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rough = network.roughness(0.7 + sigma[:, None, None, None] * noise, sigma.log() / 4).flatten(1)
+    for row, own in zip(rough, noise.flatten(1), strict=True):
+        assert torch.corrcoef(torch.stack([row, own]))[0, 1] > 0.9
+        assert 0.7 < row.std() < 1.0  # the blur keeps a ninth of the variance, the limit takes some
+
+
 def test_a_decoder_that_cannot_be_is_refused():
     with pytest.raises(UserError, match="multiple of 8"):
         DecoderConfig(embed_dim=8, image_size=20)
@@ -118,7 +127,7 @@ def test_a_decoder_learns_the_colour_of_an_embedding():
     colours = unit(3, 4, 3)
     rng = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-3)
-    for _ in range(80):
+    for _ in range(300):
         which = torch.randint(0, 3, (32,), generator=rng)
         x0 = colours[which][:, :, None, None].expand(-1, -1, 8, 8)
         sigma = torch.exp(torch.randn(32, generator=rng))

@@ -10,7 +10,8 @@ from PIL import Image
 from clip_train.model import Clip
 from diffusion.evaluate import chance, embed_pictures, evaluate_loop, evaluate_prior, round_trip
 from diffusion.generate import Generated
-from diffusion.prior import PriorConfig, PriorDenoiser, ridge_regression
+from diffusion.prior import PriorConfig, PriorDenoiser
+from diffusion.ridge import ridge_regression
 
 D = 16
 
@@ -30,8 +31,7 @@ def linear_prior():
     torch.manual_seed(0)
     prior = PriorDenoiser(PriorConfig(embed_dim=D, width=32, depth=1, heads=2)).eval()
     linear = ridge_regression([linear_world(400, 0)])
-    for name in ("text_mean", "image_mean", "ridge"):
-        getattr(prior.network, name).copy_(getattr(linear, name))
+    prior.network.linear.take(linear)
     return prior
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from clip_train.fit import FitConfig
 from clip_train.settings import UserError
 from diffusion.denoiser import denoising_loss
-from diffusion.prior import PriorConfig, PriorDenoiser, null_cond, ridge_regression, sample_prior, text_cond
+from diffusion.prior import PriorConfig, PriorDenoiser, null_cond, sample_prior, text_cond
 from diffusion.train import Pairs, shuffled
 
 D = 16
@@ -21,8 +21,8 @@ def small_prior(predict="x0", loud=False, **more):
     torch.manual_seed(0)
     prior = PriorDenoiser(PriorConfig(embed_dim=D, width=32, depth=2, heads=2, predict=predict, **more)).eval()
     own = prior.network
-    own.ridge.copy_(torch.eye(D))
-    own.image_mean.copy_(unit(1, 5)[0])
+    own.linear.weight.copy_(torch.eye(D))
+    own.linear.output_mean.copy_(unit(1, 5)[0])
     if loud:  # silent layers would hide every mistake
         for layer in own.modules():
             if isinstance(layer, nn.Linear):
@@ -31,36 +31,14 @@ def small_prior(predict="x0", loud=False, **more):
     return prior
 
 
-def test_ridge_regression_equals_least_squares_where_there_is_no_noise():
-    text = unit(500, 0)
-    matrix, offset = torch.randn(D, D, generator=torch.Generator().manual_seed(1)), unit(1, 2)[0]
-    image = text @ matrix + offset
-    linear = ridge_regression([(text[:200], image[:200]), (text[200:], image[200:])])
-    assert torch.allclose(linear(text), image, atol=1e-2)
-    assert linear.spread < 0.05
-
-
-def test_ridge_regression_is_the_textbook_formula_at_its_penalty():
-    text, image = unit(60, 0), unit(60, 1)
-    linear = ridge_regression([(text, image)])
-    x, y = (text - text.mean(0)).double(), (image - image.mean(0)).double()
-    size = x.square().sum() / D  # mean eigenvalue of x^T x
-    expected = torch.linalg.solve(x.T @ x + linear.penalty * size * torch.eye(D).double(), x.T @ y)
-    assert torch.allclose(linear.ridge.double(), expected, atol=1e-5)
-
-
-def test_ridge_regression_of_unrelated_rows_falls_back_to_the_mean():
-    linear = ridge_regression([(unit(40, 0), unit(40, 1))])
-    assert (linear(unit(40, 3)) - linear.image_mean).norm(dim=1).mean() < 0.1
-    assert linear.spread == pytest.approx(1, abs=0.1)  # unit rows times sqrt(D)
-
-
 def test_before_training_the_prior_is_its_linear_guess():
     prior, text = small_prior(), unit(3, 1)
     x, sigma = 5 * torch.randn(3, D), torch.full((3,), 5.0)
-    expected = (prior.network.image_mean + text) * D**0.5
+    expected = (prior.network.linear.output_mean + text) * D**0.5
     assert torch.allclose(prior(x, sigma, text_cond(text)), expected, atol=1e-5)
-    assert torch.allclose(prior(x, sigma, null_cond(text_cond(text))), prior.network.image_mean * D**0.5, atol=1e-5)
+    assert torch.allclose(
+        prior(x, sigma, null_cond(text_cond(text))), prior.network.linear.output_mean * D**0.5, atol=1e-5
+    )
 
 
 def test_a_dropped_text_leaves_no_trace():
@@ -98,8 +76,8 @@ def test_training_finds_what_a_linear_guess_cannot(predict, near):
     text = F.normalize(signs @ axes[:2] + 0.05 * torch.randn(512, D, generator=rng), dim=-1)
     image = signs.prod(1, keepdim=True) * axes[5]
     prior = small_prior(predict, sigma_data=1.0, dropout=0.0)
-    prior.network.ridge.zero_()
-    prior.network.image_mean.zero_()
+    prior.network.linear.weight.zero_()
+    prior.network.linear.output_mean.zero_()
     optimizer = torch.optim.Adam(prior.parameters(), lr=3e-3)
     for _ in range(150):
         pick = torch.randint(0, 512, (128,), generator=rng)
