@@ -51,20 +51,22 @@ class Bars:
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar = None
+        self.shown = ("", 0)
 
     def __call__(self, done: int, total: int, **numbers: Any) -> None:
-        """on_progress of the library's long calls; `task` among the numbers renames the bar."""
+        """on_progress of the library's long calls; text among the numbers (which part of the work) names the bar."""
         from tqdm import tqdm
 
-        title = str(numbers.pop("task", self.title))
-        if self.bar is not None and (self.bar.total != total or self.bar.desc != f"{title}: "):
+        words = [value for value in numbers.values() if isinstance(value, str)]
+        title = " ".join([self.title, *words])
+        if self.bar is not None and self.shown != (title, total):
             self.close()
         if self.bar is None:
             quiet = 0.1 if sys.stderr.isatty() else 15.0
-            self.bar = tqdm(
-                total=total, desc=title, initial=done, mininterval=quiet, file=sys.stderr, dynamic_ncols=True
-            )
-        self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in numbers.items()}, refresh=False)
+            self.bar = tqdm(total=total, desc=title, initial=done, mininterval=quiet, dynamic_ncols=True)
+            self.shown = (title, total)
+        figures = {name: value for name, value in numbers.items() if not isinstance(value, str)}
+        self.bar.set_postfix(figures, refresh=False)
         self.bar.update(done - self.bar.n)
         if done >= total:
             self.close()

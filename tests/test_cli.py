@@ -108,8 +108,15 @@ def test_a_table_lines_up_its_columns(capsys):
 
 def test_progress_bars_show_the_rate_and_end_when_done(capsys):
     bars = cli.Bars("work")
-    for i in range(1, 4):
-        bars(i, 3, loss=0.5)
+    bars(1, 400, loss=0.5)
+    first = bars.bar
+    for i in range(2, 400):
+        bars(i, 400, loss=0.5)
+    assert bars.bar is first  # one bar all the way
+    bars(400, 400, loss=0.25)
     assert bars.bar is None
     told = capsys.readouterr().err
-    assert "work" in told and "3/3" in told and "loss=0.5" in told
+    assert "work" in told and "400/400" in told and "loss=0.25" in told and "it/s" in told
+    bars(1, 2, stage="encode")
+    assert "work encode" in capsys.readouterr().err
+    bars.close()

@@ -140,7 +140,7 @@ def test_the_file_says_how_the_picture_was_made_in_both_customs(generator, tmp_p
     assert set(record["fingerprints"]) == {"clip", "prior", "decoder"}
     prompt, settings = info["parameters"].split("\n")
     assert prompt == CAPTIONS[2]
-    assert settings.startswith("Steps: 3, Sampler: Heun, CFG scale: 3.0, Seed: 41, Size: 8x8, Model hash: ")
+    assert settings.startswith("Steps: 3, Sampler: Heun, CFG scale: 2.0, Seed: 41, Size: 8x8, Model hash: ")
 
 
 def test_other_weights_refuse_to_make_a_picture_again(generator):
