@@ -495,7 +495,7 @@ def write_figures(figures: dict[str, Any], out: Path | None) -> None:
 
 @cli.command(context_settings=CONTEXT)
 @out_option("quickstart")
-@click.option("--minutes", default=9.0, show_default=True, type=click.FloatRange(0.5), help="Time for all stages.")
+@click.option("--minutes", default=8.5, show_default=True, type=click.FloatRange(0.1), help="Time for all stages.")
 @click.option("--size", default=32, show_default=True, type=click.Choice([32, 64]), help="Side of generated pictures.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Seed of everything random.")
 @device_option

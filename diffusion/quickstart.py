@@ -18,7 +18,7 @@ import torch
 from clip_train import metrics, ranks, train
 from clip_train.demo import write_demo
 from clip_train.embed import embed
-from clip_train.folder import write_file
+from clip_train.folder import read_manifest, write_file
 from clip_train.settings import Progress, UserError
 from clip_train.sheet import contact_sheet, query_sheet, save_sheet
 from clip_train.store import EmbeddingStore
@@ -45,7 +45,7 @@ SAMPLING = Sampling(steps=12, precision="auto")
 def run_quickstart(
     out: Path | str,
     *,
-    minutes: float = 9.0,
+    minutes: float = 8.5,
     image_size: int = 32,
     seed: int = 0,
     device: str = "auto",
@@ -54,10 +54,14 @@ def run_quickstart(
 ) -> Path:
     """Run or resume every stage in folder `out`; returns the path of report.html. bars makes a progress bar by name."""
     out, place = Path(out), ranks.pick_device(device)
+    asked = {"minutes": minutes, "seed": seed, "image_size": image_size}
+    if finished(out, asked):
+        say(f"{out}/ is done already; every stage is as the report found it")
+        return out / "report.html"
     stages = Stages(out, say)
     data, clip, prior, decoder = (out / name for name in ("data", "clip", "prior", "decoder"))
     emb, index = {s: out / "emb" / s for s in SPLITS}, {s: out / "index" / s for s in ("train", "unseen")}
-    report: dict[str, Any] = {"minutes": minutes, "seed": seed, "image_size": image_size, "machine": machine(place)}
+    report: dict[str, Any] = asked | {"machine": machine(place)}
 
     with stages("shard", "real pictures with their names"):
         report["data"] = write_demo(data, bars("shard")).result
@@ -111,10 +115,27 @@ def run_quickstart(
     (out / "sheets").mkdir(exist_ok=True)
     for name, sheet in sheets.items():
         save_sheet(sheet, out / "sheets" / f"{name}.png")
-    write_file(out / "report.json", json.dumps(report, indent=1).encode())
     logs = {name: read_log(folder) for name, folder in {"clip": clip, "prior": prior, "decoder": decoder}.items()}
-    attribution = (data / "ATTRIBUTION.txt").read_text()
-    return write_report(out / "report.html", report, logs, sheets, attribution)
+    page = write_report(out / "report.html", report, logs, sheets, (data / "ATTRIBUTION.txt").read_text())
+    report["fingerprints"] = {str(f.relative_to(out)): read_manifest(f).fingerprint for f in folders(out)}
+    write_file(out / "report.json", json.dumps(report, indent=1).encode())  # last: it says that all is done
+    return page
+
+
+def folders(out: Path) -> list[Path]:
+    """Every folder with a manifest that a run makes."""
+    return sorted(path.parent for pattern in ("*", "*/*") for path in out.glob(f"{pattern}/manifest.json"))
+
+
+def finished(out: Path, asked: dict[str, Any]) -> bool:
+    """Whether an earlier run with the same settings wrote its report, and its folders are still those it reports on."""
+    try:
+        report = json.loads((out / "report.json").read_text())
+        made = report["fingerprints"]
+        same = all(report[name] == value for name, value in asked.items())
+        return same and all(read_manifest(out / name).fingerprint == value for name, value in made.items())
+    except (OSError, json.JSONDecodeError, KeyError, UserError):
+        return False
 
 
 class Stages:
