@@ -4,6 +4,7 @@ Everything heavy is imported inside the commands, so that --help answers at once
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ def main() -> None:
 
     try:
         sys.exit(cli.main(standalone_mode=False))
-    except click.exceptions.Abort:
+    except click.exceptions.Abort:  # what click makes of Ctrl-C
+        say("unclip: stopped; run the same command again to go on")
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -28,9 +30,6 @@ def main() -> None:
     except Interrupted as stop:
         say(f"unclip: {stop}")
         sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        say("unclip: stopped; run the same command again to go on")
-        sys.exit(130)
     except UserError as error:
         say(f"unclip: {' '.join(str(error).split())}")
         sys.exit(2)
@@ -40,9 +39,15 @@ def main() -> None:
         sys.exit(2)
 
 
+def is_main() -> bool:
+    """Whether this is the process that talks; torchrun starts several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Talk to the person, not to the pipe."""
-    click.echo(text, err=True)
+    if is_main():
+        click.echo(text, err=True)
 
 
 class Bars:
@@ -57,6 +62,8 @@ class Bars:
         """on_progress of the library's long calls; text among the numbers (which part of the work) names the bar."""
         from tqdm import tqdm
 
+        if not is_main():
+            return
         words = [value for value in numbers.values() if isinstance(value, str)]
         title = " ".join([self.title, *words])
         if self.bar is not None and self.shown != (title, total):
@@ -97,7 +104,7 @@ def training_options(command: Callable) -> Callable:
         click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train for about this long instead."),
         click.option("--batch-size", type=click.IntRange(1), help="Samples per step, all ranks together."),
         click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate."),
-        click.option("--seed", type=int, help="Seed of everything random."),
+        click.option("--seed", type=click.IntRange(0), help="Seed of everything random."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; repeatable."),
         device_option,
     ):
@@ -178,6 +185,9 @@ def train_clip(shards: str, out: Path, preset: str, device: str, **options: Any)
     config, fit_config = train.preset(preset, training_settings(**options))
     made = train.train_clip(shards, out, config, fit_config, device=device, on_progress=Bars("train clip"))
     done = made.result
+    if done["bad_pictures"]:
+        named = "; ".join(f"{key}: {why}" for key, why in done["bad_first"])
+        say(f"{done['bad_pictures']} pictures could not be read and were left out ({named})")
     say(f"{out}/: loss {done['loss']:.3f} after {done['steps']} steps (chance {done['chance']:.2f})")
     say(f"next: unclip embed --shards {shards} --clip {out} --out emb")
 
@@ -185,8 +195,9 @@ def train_clip(shards: str, out: Path, preset: str, device: str, **options: Any)
 @train.command("prior", context_settings=CONTEXT)
 @click.option("--embeddings", required=True, type=click.Path(path_type=Path), help="Folder made by unclip embed.")
 @out_option("prior")
+@click.option("--preset", default="tiny", show_default=True, help="tiny (CPU, a minute) or small (one GPU).")
 @training_options
-def train_prior(embeddings: Path, out: Path, device: str, **options: Any) -> None:
+def train_prior(embeddings: Path, out: Path, preset: str, device: str, **options: Any) -> None:
     """Train the diffusion prior: text embedding -> image embedding.
 
     \b
@@ -195,7 +206,7 @@ def train_prior(embeddings: Path, out: Path, device: str, **options: Any) -> Non
     from clip_train.ranks import start
     from diffusion import train
 
-    config, fit_config = train.prior_settings(embeddings, training_settings(**options))
+    config, fit_config = train.settings(train.PRIOR_PRESETS, preset, training_settings(**options))
     bars = Bars("train prior")
     made = train.train_prior(
         embeddings, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
@@ -219,7 +230,7 @@ def train_decoder(shards: str, clip: Path, out: Path, preset: str, device: str, 
     from clip_train.ranks import start
     from diffusion import train
 
-    config, fit_config = train.decoder_settings(clip, preset, training_settings(**options))
+    config, fit_config = train.settings(train.DECODER_PRESETS, preset, training_settings(**options))
     bars = Bars("train decoder")
     made = train.train_decoder(
         shards, clip, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
@@ -376,6 +387,11 @@ def generate(
     texts = [*captions, *(read_captions(caption_file) if caption_file else [])]
     if texts and not prior:
         raise UserError("captions need a prior; pass --prior prior (made by unclip train prior)")
+    asked = count != 1 or seed != 0 or settings or any(value is not None for value in named.values())
+    if again and asked:
+        raise UserError("--again makes the picture as its record says; leave the other options of how to draw it out")
+    if out.suffix.lower() == ".png" and (embedding or len(texts) * count > 1):
+        raise UserError(f"{out} is the name of one picture; give a folder for several")
     (how,) = override([Sampling()], [f"{k}={v}" for k, v in named.items() if v is not None] + list(settings))
     record = read_provenance(again) if again else None
     generator = Generator.open(decoder, prior, clip, device=pick_device(device))
@@ -392,12 +408,7 @@ def generate(
         texts = [text for text in texts for _ in range(count)]
         seeds = range(seed, seed + len(texts))
         made = generator.from_captions(texts, seeds, how, batch_size=batch_size, on_progress=bars)
-    if out.suffix.lower() == ".png" and len(made) == 1:
-        paths = [out]
-    elif out.suffix:
-        raise UserError(f"{len(made)} pictures need a folder; {out} is a file name")
-    else:
-        paths = [out / f"{i:05d}.png" for i in range(len(made))]
+    paths = [out] if out.suffix.lower() == ".png" else [out / f"{i:05d}.png" for i in range(len(made))]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     for one, path in zip(made, paths, strict=True):
         save_png(one.picture, path, one.provenance)
@@ -459,7 +470,7 @@ def evaluate_prior(embeddings: Path, prior: Path, out: Path | None, device: str)
 @click.option("--decoder", required=True, type=click.Path(path_type=Path), help="Decoder folder.")
 @click.option("--clip", type=click.Path(path_type=Path), help="CLIP folder; by default where the decoder says it was.")
 @click.option("--count", default=100, show_default=True, type=click.IntRange(1), help="Captions tried.")
-@click.option("--seed", default=0, show_default=True, type=int, help="Decides which captions.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which captions.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this json file.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write the pictures of all three ways to this PNG.")
 @device_option
@@ -497,7 +508,7 @@ def write_figures(figures: dict[str, Any], out: Path | None) -> None:
 @out_option("quickstart")
 @click.option("--minutes", default=8.5, show_default=True, type=click.FloatRange(0.1), help="Time for all stages.")
 @click.option("--size", default=32, show_default=True, type=click.Choice([32, 64]), help="Side of generated pictures.")
-@click.option("--seed", default=0, show_default=True, type=int, help="Seed of everything random.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of everything random.")
 @device_option
 def quickstart(out: Path, minutes: float, size: int, seed: int, device: str) -> None:
     """The whole loop on real pictures: shard, train CLIP, embed, index, search, train prior and decoder, generate.

@@ -40,9 +40,9 @@ def main() -> None:
         name, _, spec = test.partition("=")
         samples = ShardSet(spec)
         pictures = Pictures(samples, clip.image_size)
-        image = encode_rows(clip, pictures)
-        captions = [samples.captions(row)[0] for row in pictures.rows]
-        labels = [samples.label(row) or captions[i] for i, row in enumerate(pictures.rows)]
+        image, rows = encode_rows(clip, pictures)
+        captions = [samples.captions(row)[0] for row in rows.tolist()]
+        labels = [samples.label(row) or captions[i] for i, row in enumerate(rows.tolist())]
         groups = np.unique(labels, return_inverse=True)[1]
         for kind, texts in (("captions", captions), ("labels", labels)):
             found = metrics.retrieval_recall(encode_texts(clip, texts), image, groups, groups)

@@ -95,16 +95,21 @@ def encode_rows(
     *,
     batch_size: int = 256,
     on_progress: Progress | None = None,
-) -> np.ndarray:
-    """(N, D) float32 unit rows of the pictures in these rows of the shards, or of all usable ones (pictures.rows)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds the pictures in these rows of the shards, or all usable ones (pictures.rows).
+
+    Returns (N, D) float32 unit rows and the (N,) rows of the shards they belong to, without pictures that turn out bad.
+    """
     rows = np.asarray(pictures.rows if rows is None else rows, dtype=np.int64)
-    out = np.empty((len(rows), clip.embed_dim), dtype=np.float32)
+    made, kept = [np.empty((0, clip.embed_dim), dtype=np.float32)], [rows[:0]]
     for low in range(0, len(rows), batch_size):
-        some = rows[low : low + batch_size]
-        out[low : low + len(some)] = clip.encode_image(pictures.pixels(some)).numpy()
+        pixels, found = pictures.load(rows[low : low + batch_size])
+        if len(found):
+            made.append(clip.encode_image(pixels).numpy())
+            kept.append(found)
         if on_progress:
-            on_progress(low + len(some), len(rows))
-    return out
+            on_progress(min(low + batch_size, len(rows)), len(rows))
+    return np.concatenate(made), np.concatenate(kept)
 
 
 def encode_texts(clip: Clip, texts: Sequence[str], *, batch_size: int = 256) -> np.ndarray:

@@ -30,10 +30,10 @@ def evaluate_clip(
     samples = ShardSet(shards)
     model = Clip.load(clip, device)
     pictures = Pictures(samples, model.image_size)
-    image = encode_rows(model, pictures, on_progress=on_progress)
-    captions = [samples.captions(row)[0] for row in pictures.rows]
+    image, rows = encode_rows(model, pictures, on_progress=on_progress)
+    captions = [samples.captions(row)[0] for row in rows.tolist()]
     text = encode_texts(model, captions)
-    labels = [samples.label(row, label_field) or captions[i] for i, row in enumerate(pictures.rows)]
+    labels = [samples.label(row, label_field) or captions[i] for i, row in enumerate(rows.tolist())]
     groups = np.unique([label.lower() for label in labels], return_inverse=True)[1]
     return {
         "samples": len(captions),

@@ -39,12 +39,12 @@ class FitConfig:
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.05  # share of the steps in which lr rises linearly to its peak
     min_lr: float = 0.01  # lr at the end of the cosine, as a share of the peak
-    weight_decay: float = 0.05  # on matrices and kernels, not on gains, biases and embeddings
+    weight_decay: float = 0.05  # on matrices and kernels, not on gains, biases, lookup tables and positions
     beta1: float = 0.9
     beta2: float = 0.98
     clip_norm: float = 1.0  # gradients are scaled down to this norm
     ema: float = 0.0  # decay of the averaged weights; 0: none
-    accumulate: int = 1  # parts a batch is cut into, to fit the memory
+    accumulate: int = 1  # parts a batch is cut into, to fit the memory; CLIP tells apart the pairs of one part only
     precision: str = "auto"  # fp32, bf16, or auto: bf16 where the hardware multiplies it
     compile: bool = False  # torch.compile
     seed: int = 0
@@ -54,12 +54,19 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.steps <= 0 and self.minutes <= 0:
             raise UserError("training needs steps or minutes above 0")
+        if self.steps > 0 and self.minutes > 0:
+            raise UserError(f"steps = {self.steps} and minutes = {self.minutes:g} contradict each other; set one to 0")
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision {self.precision!r} must be auto, fp32 or bf16")
-        if not self.lr > 0 or not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1:
-            raise UserError(f"lr {self.lr} must be above 0, ema {self.ema} in [0, 1), warmup {self.warmup} in [0, 1]")
+        for name, low in (("seed", 0), ("weight_decay", 0), ("log_every", 1), ("min_lr", 0), ("warmup", 0), ("ema", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
+        if not self.lr > 0 or not self.clip_norm > 0 or self.warmup > 1 or self.ema >= 1:
+            raise UserError(f"lr {self.lr}, clip_norm {self.clip_norm} must be above 0, ema below 1, warmup at most 1")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"beta1 {self.beta1} and beta2 {self.beta2} must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,9 @@ def fit(
     each update, e.g. to clamp a parameter. Raises UserError, naming the step, when a gradient is not finite.
     """
     device = torch.device(device)
+    if config.batch_size % (ranks.world_size() * config.accumulate):
+        shares = f"{ranks.world_size()} ranks x accumulate {config.accumulate}"
+        raise UserError(f"batch_size {config.batch_size} must be a multiple of {shares}")
     model.to(device).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
@@ -104,7 +114,7 @@ def fit(
                 yield loss_fn(runner, part, rng)
 
     if not config.steps:
-        config = replace(config, steps=_steps_in_budget(model, micro_losses, batches, config, folder))
+        config = replace(config, steps=_steps_in_budget(model, micro_losses, batches, config, folder), minutes=0.0)
     step, seconds = 0, 0.0
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.exists():
@@ -147,7 +157,7 @@ def fit(
 
             if step % config.log_every == 0 or step == config.steps:
                 log.write(step=step, loss=total, lr=learning_rate(step - 1, config), norm=norm, **logged)
-            if on_progress:
+            if on_progress and ranks.is_main():
                 on_progress(step, config.steps, loss=float(total))
             stopping = ranks.broadcast(came[0] if came else 0) if ranks.world_size() > 1 else came and came[0]
             if stopping or (time.monotonic() - saved > config.save_every and step < config.steps):
@@ -170,8 +180,9 @@ def learning_rate(step: int, config: FitConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; gains, biases, scalars and lookup tables do not."""
+    """Matrices and kernels decay; gains, biases, scalars, lookup tables and positions do not."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables |= {id(p) for name, p in model.named_parameters() if name.endswith("positional_embedding")}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
     plain = [p for p in trained if p.ndim < 2 or id(p) in tables]
@@ -181,9 +192,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 autocast when `precision` says so: "bf16", or "auto" on hardware that multiplies bf16 natively."""
-    if precision == "auto":
-        precision = "bf16" if _multiplies_bf16(device) else "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    bf16 = resolved_precision(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def resolved_precision(precision: str, device: torch.device) -> str:
+    """ "auto" as what it comes to on this hardware: "bf16" or "fp32"."""
+    if precision != "auto":
+        return precision
+    return "bf16" if _multiplies_bf16(device) else "fp32"
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

@@ -24,6 +24,7 @@ except ImportError:  # Windows: no advisory locks, so two writers of one folder 
     fcntl = None
 
 MANIFEST = "manifest.json"
+HOW_TO_RUN = {"save_every", "log_every", "workers", "cache_gb"}  # may differ between a run and its resume
 # kind of folder -> the command that makes it, for error messages
 MAKERS = {
     "shards": "unclip shard",
@@ -85,7 +86,7 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}){maker}") from error
     if kind and manifest.kind != kind:
-        raise UserError(f"{folder}/ holds a {manifest.kind}, but a {kind} folder is needed{maker}")
+        raise UserError(f"{folder}/ holds a {manifest.kind}, but {kind} is needed here{maker}")
     return manifest
 
 
@@ -160,12 +161,16 @@ class Workspace:
     __del__ = release
 
     def publish(self, result: dict[str, Any] | None = None) -> Manifest:
-        """Write the manifest, then give the folder its final name. Checkpoints and scratch/ are dropped."""
-        shutil.rmtree(self.path / "scratch", ignore_errors=True)
-        for path in self.path.glob("checkpoint*"):
-            path.unlink()
+        """Write the manifest, then give the folder its final name; checkpoints and scratch/ are dropped last.
+
+        So a process killed anywhere in here leaves either all that it needs to go on, or a whole folder.
+        """
         skip = {"metrics.jsonl", "plan.json", MANIFEST, ".lock"}
+        leftovers = [self.path / "scratch", self.path / "plan.json", *self.path.glob("checkpoint*")]
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
+        files = [p for p in files if not any(p == left or left in p.parents for left in leftovers)]
+        for path in files:
+            _flush(path)
         manifest = Manifest(
             **self._plan,
             fingerprint=fingerprint_files(files, self.path),
@@ -176,13 +181,23 @@ class Workspace:
         )
         data = {k: v for k, v in vars(manifest).items() if k != "folder"}
         write_file(self.path / MANIFEST, json.dumps(data, indent=1).encode())
-        (self.path / "plan.json").unlink()
         if self.out.exists():  # an empty folder the user made beforehand
             self.out.rmdir()
         os.rename(self.path, self.out)
-        (self.out / ".lock").unlink(missing_ok=True)
+        for left in [*leftovers, self.path / ".lock"]:
+            left = self.out / left.relative_to(self.path)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         self.release()
         return manifest
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's contents are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
@@ -242,9 +257,18 @@ def _refuse_other(what: str, asked: dict[str, Any], found: dict[str, Any], way_o
                 f"{what} was made from other {name} ({before.get('path')}) "
                 f"than asked for now ({now.get('path')}); {way_out}"
             )
-    mine, theirs = asked["config"], found.get("config", {})
+    mine, theirs = _flat(asked["config"]), _flat(found.get("config", {}))
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise UserError(
                 f"{what} was made with {name} = {theirs.get(name)}, but {mine.get(name)} is asked for now; {way_out}"
             )
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """{"fit": {"lr": 1}} -> {"fit.lr": 1}, without the settings that say how to run, not what to make."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = _flat(value) if isinstance(value, dict) and name != "vision" else {"": value}
+        flat |= {f"{name}.{k}".rstrip("."): v for k, v in inner.items() if name not in HOW_TO_RUN}
+    return flat

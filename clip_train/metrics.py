@@ -74,7 +74,8 @@ def ranks(
         scores = queries[low : low + BLOCK] @ rows.T
         right = of_query[low : low + BLOCK, None] == of_row[None, :]
         best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-        out[low : low + BLOCK] = 1 + ((scores >= best) & ~right).sum(axis=1)
+        wrong = ~(scores < best) & ~right  # "not below", so that a score that is not a number counts against too
+        out[low : low + BLOCK] = 1 + wrong.sum(axis=1)
     return out
 
 
@@ -99,19 +100,6 @@ def paired_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return (a * b).sum(axis=1) / np.where(length > 0, length, 1)
-
-
-def cosine_summary(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Mean, standard deviation and 5th, 50th, 95th percentile of paired_cosines."""
-    cosines = paired_cosines(a, b)
-    p05, median, p95 = np.percentile(cosines, [5, 50, 95])
-    return {
-        "mean": float(cosines.mean()),
-        "std": float(cosines.std()),
-        "p05": float(p05),
-        "median": float(median),
-        "p95": float(p95),
-    }
 
 
 def modality_gap(image: np.ndarray, text: np.ndarray) -> float:

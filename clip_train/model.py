@@ -68,8 +68,13 @@ class Clip(nn.Module):
             model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist; train one: unclip train clip --out {folder}") from error
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            size = model_cfg["vision_cfg"].get("image_size", 224)
+            preprocess_cfg = preprocess_config(size if isinstance(size, int) else size[0]) | preprocess_cfg
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not an open_clip config ({error})") from error
+        if preprocess_cfg["resize_mode"] != "shortest" or preprocess_cfg["interpolation"] != "bicubic":
+            how = f"{preprocess_cfg['interpolation']}, {preprocess_cfg['resize_mode']}"
+            raise UserError(f"{path}: pictures are resized by bicubic, shortest; this model wants {how}")
         clip = cls(model_cfg, preprocess_cfg)
         tensors, _ = load_tensors(folder / WEIGHTS_FILE)
         load_weights(clip.model, tensors, folder / WEIGHTS_FILE)

@@ -1,6 +1,7 @@
 """One process or many: what the training code needs to know about torchrun's ranks."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device}: no such device; use auto, cpu, cuda or mps") from error
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: use auto, cpu, cuda or mps")
     if chosen.type == "cuda" and not (chosen.index or 0) < torch.cuda.device_count():
         raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
@@ -32,7 +35,8 @@ def start(device: str | torch.device = "auto") -> torch.device:
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # the main rank may decode for hours while the others wait
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return chosen
 
 

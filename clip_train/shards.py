@@ -273,7 +273,7 @@ def _why_no_caption(text: bytes | None, meta: bytes | None) -> str | None:
         return None if captions else "no caption"
     except UnicodeError:
         return "caption is not UTF-8"
-    except ValueError:
+    except (ValueError, RecursionError):
         return "json cannot be read"
 
 

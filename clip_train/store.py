@@ -14,6 +14,7 @@ names; N is zero-padded, so that this is the order of the shards. Parts without 
 
 import io
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -309,7 +310,7 @@ def read_vectors(path: Path | str) -> np.ndarray:
     """The rows of a .npy file, (Q, D) float32; one vector (D,) is one row. UserError if it holds anything else."""
     try:
         rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as a .npy file of vectors ({_line(error)})") from error
     rows = rows[None] if getattr(rows, "ndim", 0) == 1 else rows
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.dtype.kind not in "fiu" or not rows.size:

@@ -142,8 +142,8 @@ def train_clip(
     clip = Clip(config.model_config(), preprocess_config(config.image_size))
     pictures = decoded(samples, config.image_size, work.path, config.cache_gb, on_progress)
     per_rank = fit_config.batch_size // ranks.world_size()
-    if per_rank < 2:
-        raise UserError(f"batch_size {fit_config.batch_size} leaves fewer than 2 pairs for each rank; raise it")
+    if per_rank // fit_config.accumulate < 2:
+        raise UserError(f"batch_size {fit_config.batch_size} leaves fewer than 2 pairs to tell apart; raise it")
     batches = CaptionedBatches(
         Batches(pictures, per_rank, fit_config.seed, ranks.rank(), ranks.world_size(), config.workers),
         CaptionTable(samples, clip, config.label_field),
@@ -176,7 +176,7 @@ def train_clip(
             "steps": result.steps,
             "seconds": result.seconds,
             "loss": result.loss,
-            "chance": float(np.log(fit_config.batch_size)),
+            "chance": float(np.log(fit_config.batch_size // fit_config.accumulate)),
             "pairs": len(pictures),
             "pairs_seen": result.steps * fit_config.batch_size,
             "bad_pictures": len(pictures.bad),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.settings import UserError
-from diffusion.denoiser import Cond, Denoiser, Scaling
+from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_unknown
 from diffusion.layers import Attention, NoiseLevelEmbedding, silent
 from diffusion.ridge import LinearGuess
 
@@ -50,6 +50,10 @@ class DecoderConfig:
         return min(self.image_size, 32)
 
     def __post_init__(self) -> None:
+        refuse_unknown("decoder", self.predict, self.density)
+        sizes = (self.image_size, self.patch, self.head_width, self.cond_width, self.image_tokens, *self.widths)
+        if min(sizes) < 1 or not self.widths:
+            raise UserError(f"decoder: sizes and widths must be at least 1, not {min(sizes)}")
         grid = self.image_size / self.patch / 2 ** (len(self.widths) - 1)
         if grid != int(grid) or grid < 1:
             raise UserError(

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clip_train.settings import UserError
+from diffusion.schedule import DENSITIES
+
 Cond = dict[str, Tensor]
+KINDS = ("edm", "v", "x0", "eps")
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Scaling:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kind not in ("edm", "v", "x0", "eps"):
-            raise ValueError(f"no parametrisation {self.kind!r}: take edm, v, x0 or eps")
+        if self.kind not in KINDS:
+            raise ValueError(f"no parametrisation {self.kind!r}: take {', '.join(KINDS)}")
 
     def factors(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor, Tensor]:
         """skip, out, into, noise_level for sigma of any shape."""
@@ -44,6 +48,14 @@ class Scaling:
         For "edm" this is EDM's lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
         """
         return 1 / (self.factors(sigma)[1] * torch.ones_like(sigma)) ** 2
+
+
+def refuse_unknown(what: str, predict: str, density: str) -> None:
+    """UserError if a config names a parametrisation or a density of noise levels that there is not."""
+    if predict not in KINDS:
+        raise UserError(f"{what}: no parametrisation {predict!r}: take {', '.join(KINDS)}")
+    if density not in DENSITIES:
+        raise UserError(f"{what}: no density {density!r}: take {', '.join(DENSITIES)}")
 
 
 class Denoiser(nn.Module):
@@ -70,8 +82,8 @@ def denoising_loss(
     """Mean weighted squared error of the denoised sample (EDM eq. 2 with lambda = weight).
 
     x0, noise: (B, ...); sigma, weight: (B,), the weight usually Scaling.weight(sigma).
-    Returns: scalar; with that weight about 1 for a network that puts out 0, and what it falls to is the share that
-    cannot be known from x. Expect 0.1 to 0.3 for small pictures.
+    Returns: scalar; with that weight about 1 for a network that puts out 0 (sigma_data^2 for "x0"); what it falls to is
+    the share that cannot be known from x. Expect 0.1 to 0.3 for small pictures.
     """
     denoised = denoiser(x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise, sigma, cond)
     return (weight * (denoised - x0).square().flatten(1).mean(1)).mean()

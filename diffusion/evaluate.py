@@ -177,8 +177,6 @@ def evaluate_loop_folders(
     store = EmbeddingStore.open(embeddings)
     generator = Generator.open(decoder, prior, clip, device=device)
     _refuse_other_clip(store, embeddings, read_manifest(decoder), decoder)
-    if generator.clip is None:
-        raise UserError(f"the CLIP that {decoder}/ was trained with is not where it was; say where: --clip")
     picked = np.random.default_rng(seed).choice(len(store), min(count, len(store)), replace=False)
     captions = store.metadata["caption"].iloc[picked].tolist()
     numbers, made = evaluate_loop(
@@ -194,10 +192,10 @@ def evaluate_loop_folders(
 def labels_of(store: EmbeddingStore) -> np.ndarray:
     """(N,) integers: rows of one label (of one caption, where there are no labels) are each other's right answers."""
     table = store.metadata
-    names = table["caption"]
+    names = table["caption"].astype(str)
     if "label" in table:
-        names = table["label"].fillna(names)
-    return np.unique(names.astype(str).str.lower(), return_inverse=True)[1]
+        names = table["label"].astype(str).where(table["label"].notna(), names)
+    return np.unique(names.str.lower(), return_inverse=True)[1]
 
 
 def _refuse_other_clip(store: EmbeddingStore, embeddings: Path | str, made: Manifest, folder: Path | str) -> None:

@@ -7,7 +7,7 @@ fingerprints. The record travels in the PNG, so a picture can be made again from
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from clip_train.fit import autocast
+from clip_train.fit import autocast, resolved_precision
 from clip_train.model import Clip
 from clip_train.settings import Progress, UserError, config_from_json, config_to_json
 from diffusion import decoder as decoder_side
@@ -29,6 +29,7 @@ from diffusion.samplers import SAMPLERS, SampleNoise, sample
 from diffusion.schedule import GRIDS
 from diffusion.train import load_decoder, load_prior
 
+MAX_PIXELS = 64e6  # of a picture whose record is read
 CHUNK = "unclip"  # name of the PNG text chunk that holds the record
 
 
@@ -59,9 +60,9 @@ class Sampling:
             raise UserError(f"precision {self.precision!r} must be fp32, bf16 or auto")
         if self.steps < 1 or self.prior_steps < 1:
             raise UserError(f"steps {self.steps} and prior_steps {self.prior_steps} must be at least 1")
-        if self.eta < 0 or self.guidance < 0 or self.prior_guidance < 0 or not 0 <= self.clamp <= 1:
+        if self.guidance < 0 or self.prior_guidance < 0 or not 0 <= self.clamp <= 1 or not 0 <= self.eta <= 1:
             raise UserError(
-                f"eta {self.eta} and guidance {self.guidance} must be at least 0, clamp {self.clamp} in [0, 1]"
+                f"guidance {self.guidance} must be at least 0, eta {self.eta} and clamp {self.clamp} in [0, 1]"
             )
         if not 0 < self.sigma_min < self.sigma_max:
             raise UserError(f"sigma_min {self.sigma_min} must be above 0 and below sigma_max {self.sigma_max}")
@@ -102,7 +103,7 @@ class Generator:
         *,
         device: torch.device | str = "cpu",
     ) -> "Generator":
-        """Load the folders. clip: by default the one the decoder was trained with, where it was then.
+        """Load the folders. clip: by default the one the decoder was trained with, where it was then, if needed.
 
         UserError if prior, decoder and clip do not belong together.
         """
@@ -118,8 +119,9 @@ class Generator:
                     f"({_short(prior_made.inputs['clip']['fingerprint'])} and {_short(fingerprints['clip'])}); "
                     f"train one of them again with the other's"
                 )
-        folder = clip or made.input_path("clip")
-        if folder is None and prior is not None:
+        wanted = prior is not None or clip is not None or decoder_model.config.text
+        folder = (clip or made.input_path("clip")) if wanted else None
+        if folder is None and wanted:
             raise UserError(f"the CLIP that {decoder}/ was trained with is not where it was; say where: --clip")
         clip_model = Clip.load(folder, device) if folder else None
         if clip_model and clip_model.fingerprint != fingerprints["clip"]:
@@ -188,7 +190,10 @@ class Generator:
 
     def regenerate(self, provenance: dict[str, Any]) -> Generated:
         """The same picture again, from its record. UserError if other weights made it."""
-        for name, fingerprint in provenance.get("fingerprints", {}).items():
+        made_with = provenance.get("fingerprints")
+        if not isinstance(made_with, dict) or not isinstance(provenance.get("caption", ""), str):
+            raise UserError("the picture's record is damaged: it names no models")
+        for name, fingerprint in made_with.items():
             if self.fingerprints.get(name) != fingerprint:
                 raise UserError(
                     f"the picture was made with {name} {_short(fingerprint)}, but this one is "
@@ -200,7 +205,7 @@ class Generator:
             if "caption" in provenance:
                 return self.from_captions([provenance["caption"]], seeds, how)[0]
             row = np.frombuffer(base64.b64decode(provenance["embedding"]), "<f4")
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"the picture's record is damaged: {error}") from error
         return self.from_embeddings(row[None], seeds, how)[0]
 
@@ -214,6 +219,7 @@ class Generator:
         batch_size: int,
         on_progress: Progress | None,
     ) -> Iterator[Generated]:
+        how = replace(how, precision=resolved_precision(how.precision, self.device))
         for start in range(0, len(rows), batch_size):
             some = slice(start, start + batch_size)
             pixels = self._pixels(rows[some], captions[some] if captions else None, seeds[some], how)
@@ -269,11 +275,13 @@ def read_provenance(path: Path | str) -> dict[str, Any]:
     """The record inside a PNG. UserError if it is no PNG or has none."""
     try:
         with Image.open(path, formats=("PNG",)) as picture:
-            picture.load()
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels")
+            picture.load()  # the text may stand after the pixels
             record = json.loads(picture.info[CHUNK])
     except KeyError as error:
         raise UserError(f"{path} does not say how it was made: it has no {CHUNK!r} text chunk") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a PNG with a record: {error}") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: its {CHUNK!r} text chunk is not an object")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.settings import UserError
-from diffusion.denoiser import Cond, Denoiser, Scaling
+from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_unknown
 from diffusion.guidance import classifier_free
 from diffusion.layers import Attention, NoiseLevelEmbedding, silent
 from diffusion.ridge import LinearGuess
@@ -43,6 +43,9 @@ class PriorConfig:
     sigma_max: float = 30.0  # where it starts: far above the longest axis of the embeddings
 
     def __post_init__(self) -> None:
+        refuse_unknown("prior", self.predict, self.density)
+        if min(self.width, self.depth, self.heads) < 1:
+            raise UserError(f"prior: width {self.width}, depth {self.depth} and heads {self.heads} must be at least 1")
         if self.width % self.heads:
             raise UserError(f"prior: width {self.width} is not a multiple of heads {self.heads}")
 
@@ -59,7 +62,7 @@ class Prior(nn.Module):
         self.read = nn.ModuleDict({name: nn.Linear(wide, width) for name in ("text", "guess", "noisy")})
         self.noise_level = NoiseLevelEmbedding(width)
         self.query = nn.Parameter(torch.zeros(width))
-        self.place = nn.Parameter(0.02 * torch.randn(5, width))
+        self.positional_embedding = nn.Parameter(0.02 * torch.randn(5, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, config.heads, config.dropout) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.say = silent(nn.Linear(width, wide))
@@ -80,7 +83,7 @@ class Prior(nn.Module):
             self.read["noisy"](x),
             self.query.expand(len(x), -1),
         ]
-        h = torch.stack([token.float() for token in tokens], dim=1) + self.place
+        h = torch.stack([token.float() for token in tokens], dim=1) + self.positional_embedding
         for block in self.blocks:
             h = block(h)
         return self.say(self.norm(h[:, -1]))

@@ -22,10 +22,10 @@ from clip_train.folder import read_manifest, write_file
 from clip_train.settings import Progress, UserError
 from clip_train.sheet import contact_sheet, query_sheet, save_sheet
 from clip_train.store import EmbeddingStore
-from diffusion.evaluate import evaluate_loop, evaluate_prior
+from diffusion.evaluate import evaluate_loop, evaluate_prior, labels_of
 from diffusion.generate import Generator, Sampling, save_png
 from diffusion.report import write_report
-from diffusion.train import decoder_settings, load_prior, prior_settings, train_decoder, train_prior
+from diffusion.train import DECODER_PRESETS, PRIOR_PRESETS, load_prior, settings, train_decoder, train_prior
 from retrieval.index import build_index
 from retrieval.search import Searcher
 
@@ -87,7 +87,7 @@ def run_quickstart(
 
     with stages("train prior", "caption -> what its picture would be in the space"):
         pairs = [f"minutes={minutes * SHARES['prior']}", "steps=0", f"seed={seed}"]
-        config, fit_config = prior_settings(emb["train"], pairs)
+        config, fit_config = settings(PRIOR_PRESETS, "tiny", pairs)
         made = train_prior(
             emb["train"], prior, config=config, fit_config=fit_config, device=place, on_progress=bars("train prior")
         )
@@ -95,7 +95,7 @@ def run_quickstart(
 
     with stages("train decoder", "a point of the space -> a picture"):
         pairs = [f"minutes={minutes * SHARES['decoder']}", "steps=0", f"seed={seed}", f"image_size={image_size}"]
-        config, fit_config = decoder_settings(clip, "tiny", pairs)
+        config, fit_config = settings(DECODER_PRESETS, "tiny", pairs)
         made = train_decoder(
             data / "train", clip, decoder, config=config, fit_config=fit_config, device=place,
             on_progress=bars("train decoder"),
@@ -215,11 +215,6 @@ def retrieval_figures(emb: dict[str, Path]) -> dict[str, Any]:
             "modality_gap": metrics.modality_gap(image, text),
         }
     return out
-
-
-def labels_of(store: EmbeddingStore) -> np.ndarray:
-    """(N,) integers: rows of one label are each other's right answers."""
-    return np.unique(store.metadata["label"].str.lower(), return_inverse=True)[1]
 
 
 def search_sheet(index: Path, emb: Path, clip: Path, seed: int) -> Any:

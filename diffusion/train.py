@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -101,7 +102,7 @@ def train_prior(
     clip = store.manifest.inputs["clip"]
     inputs = {
         "embeddings": Input(store.fingerprint, embeddings),
-        "clip": Input(clip["fingerprint"], store.manifest.input_path("clip") or ""),
+        "clip": Input(clip["fingerprint"], os.path.normpath(store.folder / clip["path"])),
     }
     settings = {"prior": config_to_json(config), "fit": config_to_json(fit_config)}
     space = ranks.open_workspace(out, "prior", settings, inputs)
@@ -162,6 +163,8 @@ def train_decoder(
     if space.done:
         return space.done
 
+    if len(samples) < 2:
+        raise UserError(f"{shards} holds {len(samples)} picture; a decoder needs at least 2")
     tell = (lambda done, total, **numbers: on_progress(done, total, stage="encode")) if on_progress else None
     image = picture_embeddings(samples, encoder, space.path, tell)
     pictures = decoded(samples, config.image_size, space.path, CACHE_GB, tell)
@@ -195,23 +198,8 @@ def train_decoder(
     return _publish(space, denoiser, config, result, notes)
 
 
-def prior_settings(
-    embeddings: Path | str, pairs: Sequence[str] = (), preset: str = "tiny"
-) -> tuple[PriorConfig, FitConfig]:
-    """A preset's two configs for these embeddings, with --set pairs applied."""
-    config, fit_config = _preset(PRIOR_PRESETS, preset, pairs)
-    return replace(config, embed_dim=config.embed_dim or EmbeddingStore.open(embeddings).dim), fit_config
-
-
-def decoder_settings(
-    clip: Path | str, preset: str = "tiny", pairs: Sequence[str] = ()
-) -> tuple[DecoderConfig, FitConfig]:
-    """A preset's two configs for this CLIP, with --set pairs applied."""
-    config, fit_config = _preset(DECODER_PRESETS, preset, pairs)
-    return replace(config, embed_dim=config.embed_dim or Clip.load(clip).embed_dim), fit_config
-
-
-def _preset(presets: dict[str, Preset], name: str, pairs: Sequence[str]) -> list:
+def settings(presets: dict[str, Preset], name: str = "tiny", pairs: Sequence[str] = ()) -> list:
+    """The two configs of a preset out of PRIOR_PRESETS or DECODER_PRESETS, with --set pairs applied."""
     if name not in presets:
         raise UserError(f"no preset {name!r}; there are: {', '.join(presets)}")
     return override([presets[name].config, presets[name].fit], pairs)
@@ -270,8 +258,6 @@ def _permutation(total: int, seed: int, epoch: int) -> np.ndarray:
 
 def density_of(config: PriorConfig | DecoderConfig) -> Callable[[Tensor], Tensor]:
     """The config's noise-level density: u in (0, 1) -> sigma."""
-    if config.density not in DENSITIES:
-        raise UserError(f"no density {config.density!r}: take {' or '.join(DENSITIES)}")
     if config.density == "log_normal":
         return lambda u: DENSITIES["log_normal"](u, config.sigma_mean, config.sigma_std)
     return DENSITIES[config.density]

@@ -51,7 +51,6 @@ def test_help_answers_in_under_four_tenths_of_a_second():
     [
         (UserError("two\nlines of\n  trouble"), 2, "unclip: two lines of trouble\n"),
         (Interrupted(15, 7), 143, "stopped after step 7"),
-        (KeyboardInterrupt(), 130, "go on"),
         (
             OSError(28, "No space left on device", "clip.partial/x"),
             2,
@@ -87,6 +86,13 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(monkeypatch, capsys, error
         (["train", "clip", "--shards", "x", "--set", "depth=3"], "--set depth=3"),
         (["train", "clip", "--shards", "x", "--steps", "3", "--minutes", "2"], "contradict"),
         (["embed", "--shards", "x", "--clip", "c", "--device", "cuda:99"], "--device cuda:99"),
+        (["embed", "--shards", "x", "--clip", "c", "--device", "meta"], "--device meta"),
+        (["generate", "--again", "x.png", "--decoder", "d", "--seed", "3"], "--again"),
+        (["generate", "a", "b", "--decoder", "d", "--prior", "p", "--out", "x.png"], "give a folder"),
+        (["generate", "a", "--decoder", "d", "--prior", "p", "--set", "eta=2"], "eta 2.0"),
+        (["train", "decoder", "--shards", "x", "--clip", "c", "--set", "predict=dog"], "no parametrisation 'dog'"),
+        (["train", "prior", "--embeddings", "x", "--set", "heads=0"], "heads 0"),
+        (["train", "prior", "--embeddings", "x", "--set", "log_every=0"], "log_every 0"),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",
 )
@@ -120,3 +126,21 @@ def test_progress_bars_show_the_rate_and_end_when_done(capsys):
     bars(1, 2, stage="encode")
     assert "work encode" in capsys.readouterr().err
     bars.close()
+
+
+def test_ctrl_c_in_the_middle_of_a_command_is_one_line_and_130(monkeypatch, capsys):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clip_train.ingest.shard_source", pressed)
+    monkeypatch.setattr(sys, "argv", ["unclip", "shard", "pictures"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 130 and "run the same command again" in capsys.readouterr().err
+
+
+def test_only_the_main_rank_talks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    cli.say("hello")
+    cli.Bars("work")(1, 2)
+    assert capsys.readouterr().err == ""

@@ -161,7 +161,20 @@ def test_averaged_weights_are_the_exponential_mean_of_the_weights(tmp_path):
     assert result.averaged["weight"].allclose(mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"lr": -1.0}, {"batch_size": 0}, {"accumulate": 3}, {"precision": "f"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"minutes": 2.0},
+        {"seed": -1},
+        {"log_every": 0},
+        {"beta1": 1.0},
+        {"lr": -1.0},
+        {"batch_size": 0},
+        {"accumulate": 3},
+        {"precision": "f"},
+    ],
+)
 def test_settings_that_cannot_train_are_refused(bad):
     with pytest.raises(UserError):
         config(**bad)

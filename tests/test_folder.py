@@ -86,7 +86,7 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
         ("missing", "clip", "does not exist; make it: unclip train clip"),
         ("strange", "clip", "did not make it"),
         ("broken", "clip", "cannot be read"),
-        ("clip", "index", "holds a clip, but a index"),
+        ("clip", "index", "holds a clip, but index is needed"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
             read_manifest(tmp_path / folder, kind)
@@ -105,3 +105,36 @@ def test_write_file_leaves_the_old_file_when_it_cannot_write(tmp_path):
 def test_a_json_fingerprint_does_not_depend_on_the_order_of_keys():
     assert fingerprint_json({"a": 1, "b": 2}) == fingerprint_json(json.loads('{"b": 2, "a": 1}'))
     assert fingerprint_json({"a": 1}) != fingerprint_json({"a": 2})
+
+
+def test_a_run_killed_while_it_publishes_still_has_its_checkpoint(tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    work = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    (work.path / "scratch").mkdir()
+    for name in ("weights", "checkpoint.safetensors", "scratch/cache"):
+        (work.path / name).write_text(name)
+    for step in ("clip_train.folder.fingerprint_files", "clip_train.folder.os.rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(step, die)
+            with pytest.raises(Killed):
+                work.publish()
+    work.release()
+    again = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    assert (again.path / "checkpoint.safetensors").exists() and (again.path / "scratch" / "cache").exists()
+    again.publish()
+    assert sorted(os.listdir(tmp_path / "clip")) == ["manifest.json", "weights"]
+
+
+def test_a_refusal_names_the_one_setting_that_differs_and_not_how_the_run_is_watched(tmp_path):
+    def config(**fit):
+        return {"width": 1, "fit": {"lr": 0.1, "save_every": 60} | fit}
+
+    made(tmp_path / "clip", config())
+    with pytest.raises(UserError, match=r"made with fit\.lr = 0\.1, but 0\.2 is asked"):
+        Workspace.open(tmp_path / "clip", "clip", config(lr=0.2), INPUTS)
+    assert Workspace.open(tmp_path / "clip", "clip", config(save_every=5), INPUTS).done

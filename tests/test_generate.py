@@ -16,7 +16,7 @@ from diffusion.decoder import DecoderConfig
 from diffusion.evaluate import evaluate_loop_folders, evaluate_prior_folder
 from diffusion.generate import Generator, Sampling, read_captions, read_provenance, save_png
 from diffusion.prior import PriorConfig
-from diffusion.train import decoder_settings, load_decoder, prior_settings, train_decoder, train_prior
+from diffusion.train import DECODER_PRESETS, PRIOR_PRESETS, load_decoder, settings, train_decoder, train_prior
 
 FEW = FitConfig(steps=3, batch_size=4, ema=0.5, precision="fp32")
 DECODER = DecoderConfig(
@@ -221,12 +221,12 @@ def test_the_house_can_be_evaluated_and_other_clips_embeddings_are_refused(house
 
 
 def test_presets_take_the_width_of_their_input_and_settings_by_name(house):
-    config, fit_config = prior_settings(house / "emb", ["depth=2", "steps=7"])
+    config, fit_config = settings(PRIOR_PRESETS, "tiny", ["depth=2", "steps=7", "minutes=0"])
     assert (config.embed_dim, config.depth, fit_config.steps) == (32, 2, 7)
-    config, fit_config = decoder_settings(house / "clip", "small", ["blocks=[1,1,1,2]", "lr=0.01"])
+    config, fit_config = settings(DECODER_PRESETS, "small", ["blocks=[1,1,1,2]", "lr=0.01"])
     assert (config.embed_dim, config.blocks, config.image_size, fit_config.lr) == (32, (1, 1, 1, 2), 64, 0.01)
     with pytest.raises(UserError, match="there are: tiny, small"):
-        decoder_settings(house / "clip", "huge")
+        settings(DECODER_PRESETS, "huge")
 
 
 def test_captions_are_read_line_by_line(tmp_path):

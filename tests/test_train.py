@@ -152,7 +152,7 @@ def test_shards_that_cannot_train_are_refused_before_anything_is_written(tmp_pat
 
 def test_a_batch_smaller_than_two_pairs_is_refused(tmp_path):
     tiny.shards(tmp_path / "shards")
-    with pytest.raises(UserError, match="fewer than 2 pairs"):
+    with pytest.raises(UserError, match="fewer than 2 pairs to tell apart"):
         train_clip(tmp_path / "shards", tmp_path / "clip", CONFIG, dataclasses.replace(FIT, batch_size=1), device="cpu")
 
 
