@@ -86,7 +86,7 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}){maker}") from error
     if kind and manifest.kind != kind:
-        raise UserError(f"{folder}/ holds a {manifest.kind}, but {kind} is needed here{maker}")
+        raise UserError(f"{folder}/ is of kind {manifest.kind}, but {kind} is needed here{maker}")
     return manifest
 
 

@@ -89,5 +89,5 @@ def test_the_noise_reaches_the_network_at_the_size_of_sigma():
 
 
 def test_an_unknown_parametrisation_is_refused():
-    with pytest.raises(ValueError, match="take edm, v, x0 or eps"):
+    with pytest.raises(ValueError, match="take edm, v, x0, eps"):
         Scaling("epsilon")

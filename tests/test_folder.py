@@ -86,7 +86,7 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
         ("missing", "clip", "does not exist; make it: unclip train clip"),
         ("strange", "clip", "did not make it"),
         ("broken", "clip", "cannot be read"),
-        ("clip", "index", "holds a clip, but index is needed"),
+        ("clip", "index", "of kind clip, but index is needed"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
             read_manifest(tmp_path / folder, kind)

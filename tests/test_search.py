@@ -177,7 +177,7 @@ def test_an_index_that_does_not_match_its_metadata_is_refused(world, tmp_path):
 
 
 def test_a_folder_of_another_kind_is_refused(world):
-    with pytest.raises(UserError, match="emb/ holds .*, but .*index.* is needed; make it: unclip index"):
+    with pytest.raises(UserError, match="emb/ is of kind embeddings, but index is needed here; make it: unclip index"):
         Searcher.open(world / "emb")
 
 
