@@ -32,7 +32,8 @@ def guesses(
     own = prior.network
     shifted = text - own.linear.input_mean + own.linear.output_mean
     return {
-        "prior": sample_prior(prior, text, seeds, steps=steps, guidance=guidance),
+        "prior": sample_prior(prior, text, seeds, steps=steps, guidance=guidance, candidates=2),
+        "prior, one draw": sample_prior(prior, text, seeds, steps=steps, guidance=guidance),
         "prior mean": sample_prior(prior, text, seeds, steps=1, guidance=guidance),
         "ridge": F.normalize(own.guess(text_cond(text)), dim=-1),
         "text + shift": F.normalize(shifted, dim=-1),

@@ -45,6 +45,7 @@ class Sampling:
     guidance_to: float = 1e9
     clamp: float = 0.995  # share of a guess's values that must fit into [-1, 1]; 1 only cuts off, 0 does neither
     prior_steps: int = 16  # 1: the mean of all embeddings that fit the text
+    prior_candidates: int = 2  # embeddings drawn for each text, of which the nearest to it is taken
     prior_guidance: float = 1.0
     grid: str = "karras"  # of the decoder's noise levels: karras, cosine
     sigma_min: float = 0.01
@@ -58,8 +59,9 @@ class Sampling:
             raise UserError(f"no grid {self.grid!r}: take {', '.join(GRIDS)}")
         if self.precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision {self.precision!r} must be fp32, bf16 or auto")
-        if self.steps < 1 or self.prior_steps < 1:
-            raise UserError(f"steps {self.steps} and prior_steps {self.prior_steps} must be at least 1")
+        for name in ("steps", "prior_steps", "prior_candidates"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
         if self.guidance < 0 or self.prior_guidance < 0 or not 0 <= self.clamp <= 1 or not 0 <= self.eta <= 1:
             raise UserError(
                 f"guidance {self.guidance} must be at least 0, eta {self.eta} and clamp {self.clamp} in [0, 1]"
@@ -181,11 +183,15 @@ class Generator:
             some = slice(start, start + 256)
             text = self.clip.encode_text(list(captions[some])).to(self.device)
             with autocast(how.precision, self.device):
-                out.append(
-                    sample_prior(
-                        self.prior, text, seeds[some], steps=how.prior_steps, guidance=how.prior_guidance
-                    ).cpu()
+                rows = sample_prior(
+                    self.prior,
+                    text,
+                    seeds[some],
+                    steps=how.prior_steps,
+                    guidance=how.prior_guidance,
+                    candidates=how.prior_candidates,
                 )
+            out.append(rows.cpu())
         return torch.cat(out) if out else torch.zeros(0, self.prior.config.embed_dim)
 
     def regenerate(self, provenance: dict[str, Any]) -> Generated:

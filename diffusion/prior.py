@@ -136,9 +136,11 @@ def sample_prior(
     guidance: float = 1.0,
     sampler: str = "heun",
     eta: float = 0.0,
+    candidates: int = 1,
 ) -> Tensor:
     """Image embeddings for text embeddings: unit rows (B, D) -> unit rows (B, D), row i from seeds[i] alone.
 
+    candidates: how many are drawn for each text; the one nearest to it is kept (unCLIP, section 2.2, takes 2).
     steps: 1 gives the mean of all image embeddings that fit the text, the best single guess by cosine; more give one
     of them, as the decoder knows them from its training, though farther from any particular picture's: where the mean
     has cosine c to the truth, expect c^2.
@@ -148,6 +150,11 @@ def sample_prior(
     config, device = prior.config, text.device
     cond = text_cond(text)
     denoise = classifier_free(prior, cond, null_cond(cond), guidance)
-    noise = SampleNoise(seeds, (config.embed_dim,), device)
     sigmas = karras_sigmas(steps, config.sigma_min, config.sigma_max)
-    return F.normalize(sample(sampler, denoise, sigmas, noise, eta=eta), dim=-1)
+    drawn = []
+    for number in range(candidates):
+        noise = SampleNoise(seeds, (config.embed_dim,), device, stream=2 * number)  # the decoder's stream is odd
+        drawn.append(F.normalize(sample(sampler, denoise, sigmas, noise, eta=eta), dim=-1))
+    rows = torch.stack(drawn, dim=1)  # (B, candidates, D)
+    best = (rows @ text[:, :, None]).squeeze(-1).argmax(1)
+    return rows[torch.arange(len(rows), device=device), best]

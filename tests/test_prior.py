@@ -67,6 +67,17 @@ def test_samples_are_unit_rows_that_depend_on_their_own_seed_alone(sampler):
     assert not torch.allclose(alone, other, atol=1e-3)
 
 
+def test_of_several_candidates_the_one_nearest_to_the_text_is_kept():
+    prior, text = small_prior(loud=True), unit(6, 0)
+    seeds = range(6)
+    one, two, four = (sample_prior(prior, text, seeds, steps=4, candidates=n) for n in (1, 2, 4))
+    cosine = [(rows * text).sum(1) for rows in (one, two, four)]
+    assert (cosine[1] >= cosine[0] - 1e-6).all() and (cosine[2] >= cosine[1] - 1e-6).all()
+    assert cosine[2].mean() > cosine[0].mean() + 1e-3
+    alone = sample_prior(prior, text[3:4], [3], steps=4, candidates=4)
+    assert torch.allclose(alone[0], four[3], atol=1e-5)
+
+
 @pytest.mark.parametrize("predict, near", [("x0", 0.8), ("edm", 0.3)])
 def test_training_finds_what_a_linear_guess_cannot(predict, near):
     # the picture is +a or -a by a coin that the text shows only through a product: linear regression sees nothing
