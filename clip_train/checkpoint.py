@@ -22,6 +22,9 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str
         save_file(
             {n: t.clone() for n, t in plain.items()} if shared else plain, temporary, {"json": json.dumps(numbers)}
         )
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

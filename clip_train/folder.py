@@ -139,6 +139,9 @@ class Workspace:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             work = cls(out, partial, plan, None, _lock(partial, out))
+            for path in partial.rglob(".*"):  # what a killed run was in the middle of writing
+                if path.name != ".lock" and path.is_file():
+                    path.unlink()
         except OSError as error:
             raise UserError(f"cannot write {out}/: {error.strerror}") from error
         started = partial / "plan.json"
@@ -161,12 +164,13 @@ class Workspace:
     __del__ = release
 
     def publish(self, result: dict[str, Any] | None = None) -> Manifest:
-        """Write the manifest, then give the folder its final name; checkpoints and scratch/ are dropped last.
+        """Write the manifest, then give the folder its final name; checkpoints, scratch/ and unfinished files go last.
 
         So a process killed anywhere in here leaves either all that it needs to go on, or a whole folder.
         """
         skip = {"metrics.jsonl", "plan.json", MANIFEST, ".lock"}
         leftovers = [self.path / "scratch", self.path / "plan.json", *self.path.glob("checkpoint*")]
+        leftovers += self.path.rglob(".*")
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
         files = [p for p in files if not any(p == left or left in p.parents for left in leftovers)]
         for path in files:
@@ -184,7 +188,7 @@ class Workspace:
         if self.out.exists():  # an empty folder the user made beforehand
             self.out.rmdir()
         os.rename(self.path, self.out)
-        for left in [*leftovers, self.path / ".lock"]:
+        for left in leftovers:
             left = self.out / left.relative_to(self.path)
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         self.release()

@@ -138,3 +138,16 @@ def test_a_refusal_names_the_one_setting_that_differs_and_not_how_the_run_is_wat
     with pytest.raises(UserError, match=r"made with fit\.lr = 0\.1, but 0\.2 is asked"):
         Workspace.open(tmp_path / "clip", "clip", config(lr=0.2), INPUTS)
     assert Workspace.open(tmp_path / "clip", "clip", config(save_every=5), INPUTS).done
+
+
+def test_files_that_a_killed_run_was_in_the_middle_of_writing_are_swept_away(tmp_path):
+    whole = made(tmp_path / "whole")
+    first = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    (first.path / ".tmpqKovTs").write_text("half of a checkpoint")
+    (first.path / "weights").write_bytes(b"abc")
+    first.release()
+    second = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    assert not (second.path / ".tmpqKovTs").exists()
+    (second.path / ".half").write_text("x")
+    assert second.publish().fingerprint == whole.fingerprint
+    assert sorted(os.listdir(tmp_path / "clip")) == ["manifest.json", "weights"]
