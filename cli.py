@@ -45,13 +45,17 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Talk to the person, not to the pipe."""
+    """Talk to the person, not to the pipe; on a line of its own, below a bar that was still moving."""
+    if Bars.moving is not None:
+        Bars.moving.close()
     if is_main():
         click.echo(text, err=True)
 
 
 class Bars:
     """Progress bars on stderr, one per `task`, with rate and remaining time; plain lines now and then in a log file."""
+
+    moving: "Bars | None" = None  # the one on the screen
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -71,7 +75,7 @@ class Bars:
         if self.bar is None:
             quiet = 0.1 if sys.stderr.isatty() else 15.0
             self.bar = tqdm(total=total, desc=title, initial=done, mininterval=quiet, dynamic_ncols=True)
-            self.shown = (title, total)
+            self.shown, Bars.moving = (title, total), self
         figures = {name: value for name, value in numbers.items() if not isinstance(value, str)}
         self.bar.set_postfix(figures, refresh=False)
         self.bar.update(done - self.bar.n)
@@ -82,7 +86,7 @@ class Bars:
         """End the bar that is shown."""
         if self.bar is not None:
             self.bar.close()
-            self.bar = None
+            self.bar, Bars.moving = None, None
 
 
 def device_option(command: Callable) -> Callable:

@@ -144,3 +144,10 @@ def test_only_the_main_rank_talks(monkeypatch, capsys):
     cli.say("hello")
     cli.Bars("work")(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_message_stands_on_a_line_of_its_own_below_a_bar_that_was_still_moving(capsys):
+    bars = cli.Bars("work")
+    bars(1, 400)
+    cli.say("unclip: it broke")
+    assert capsys.readouterr().err.endswith("\nunclip: it broke\n") and bars.bar is None
