@@ -4,6 +4,7 @@ A tar is parsed once. Where its samples lie is kept in a sidecar index (NAME.tar
 the tars lie in a folder that is not to be written to), so every later start, and every read, needs no tar parsing.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -11,19 +12,28 @@ import os
 import re
 import tarfile
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from clip_train.folder import fingerprint_json
 from clip_train.settings import Progress, UserError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 PICTURES = ("jpg", "jpeg", "png", "webp")  # suffixes of pictures; the first that a sample has is its picture
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+# a sample's numbers in the index: where its files lie in the tar (-1: it has none), and what its picture is
+PICTURE, TXT, JSON, CLS, EXT, CRC32 = 0, 2, 4, 6, 8, 9  # offset and size, four times; which of PICTURES; its crc32
+NUMBERS = 10
+OPEN_TARS = 128  # that a process keeps open at once
+NO_CAPTION = "no caption"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +76,10 @@ def _list_part(part: str) -> list[Path]:
         return tars
     if path.is_file():
         return [path]
+    if part.startswith("pipe:") or "://" in part:
+        raise UserError(f"{part} is not on this machine; only training reads such shards: copy them here first")
     found = []
-    for name in _expand_braces(part):
+    for name in expand_braces(part):
         matches = sorted(_glob(name)) if set(name) & set("*?[") else [Path(name)] if Path(name).is_file() else []
         if not matches:
             raise UserError(f"no shards: {name} does not exist" + (f" (named by {part})" if name != part else ""))
@@ -80,14 +92,17 @@ def _glob(pattern: str) -> Iterator[Path]:
     return Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
 
 
-def _expand_braces(text: str) -> list[str]:
-    """'a{08..10}{x,y}' -> a08x a08y a09x ... with the zero padding of the range's first number."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+def expand_braces(text: str, choices: bool = True) -> list[str]:
+    """'a{08..10}{x,y}' -> a08x a08y a09x ... with the zero padding of the range's first number.
+
+    choices: whether {x,y} is expanded too, not only ranges.
+    """
+    match = re.search(r"\{(\d+)\.\.(\d+)\}" + choices * r"|\{([^{}]*,[^{}]*)\}", text)
     if not match:
         return [text]
-    first, last, choices = match.groups()
-    middle = choices.split(",") if choices else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [text[: match.start()] + m + rest for m in middle for rest in _expand_braces(text[match.end() :])]
+    first, last, *listed = match.groups()
+    middle = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)] if first else listed[0].split(",")
+    return [text[: match.start()] + m + rest for m in middle for rest in expand_braces(text[match.end() :], choices)]
 
 
 class ShardSet:
@@ -98,71 +113,187 @@ class ShardSet:
     beside the tars are fine (img2dataset leaves them).
     """
 
-    def __init__(self, spec: str | Path, on_progress: Progress | None = None) -> None:
-        """UserError: nothing there, a damaged or truncated tar, a key twice, or no sample with picture and caption."""
+    def __init__(self, spec: str | Path, on_progress: Progress | None = None, captions: bool = True) -> None:
+        """captions: whether a sample needs one; False takes pictures without too, such as CLIP_benchmark's KEY.cls.
+
+        UserError: nothing there, a damaged or truncated tar, a key twice, or no sample with picture and caption.
+        """
         self.paths = list_shards(spec)
-        indexes = []
+        self.keys: list[str] = []
+        self.counts: list[int] = []
+        self.skipped: list[tuple[str, str]] = []
+        self._stamps: list[tuple[int, int]] = []
+        self._sha256: list[str] = []
+        spans, suffixes = [], Counter()
         for n, path in enumerate(self.paths, 1):
-            indexes.append(_index_of(path))
+            index = _index_of(path)
+            numbers, mute = _numbers(index), dict(index["mute"])
+            if not captions:
+                mute = {row: reason for row, reason in mute.items() if reason != NO_CAPTION}
+            if mute:
+                use = [row for row in range(len(numbers)) if row not in mute]
+                self.skipped += [(index["keys"][row], reason) for row, reason in mute.items()]
+                numbers, index["keys"] = numbers[use], [index["keys"][row] for row in use]
+            self.skipped += [(key, "no picture") for key in index["blind"]]
+            self.keys += index["keys"]
+            self.counts.append(len(numbers))
+            self._stamps.append((index["size"], index["mtime_ns"]))
+            spans.append(numbers)
+            self._sha256.append(index["sha256"])
+            suffixes.update(index["suffixes"])
             if on_progress:
                 on_progress(n, len(self.paths))
-        self.keys: list[str] = [key for index in indexes for key in index["keys"]]
-        self.counts: list[int] = [len(index["keys"]) for index in indexes]
-        self.skipped: list[tuple[str, str]] = [(key, reason) for index in indexes for key, reason in index["skipped"]]
-        self.fingerprint: str = fingerprint_json([index["sha256"] for index in indexes])
-        self._shard = np.repeat(np.arange(len(indexes), dtype=np.int32), self.counts)
-        self._spans = np.array([s for index in indexes for s in index["spans"]], dtype=np.int64).reshape(-1, 7)
-        self._stamps = [(index["size"], index["mtime_ns"]) for index in indexes]
+        self.fingerprint: str = fingerprint_json(self._sha256)
+        self._shard = np.repeat(np.arange(len(self.paths), dtype=np.int32), self.counts)
+        self._spans = np.concatenate(spans)
+        self._open: dict[int, _OpenTar] = {}
         if not self.keys:
-            suffixes = sum((Counter(index["suffixes"]) for index in indexes), Counter())
-            raise UserError(_nothing_usable(spec, len(indexes), self.skipped, suffixes))
-        if len(set(self.keys)) < len(self.keys):
-            key, _ = Counter(self.keys).most_common(1)[0]
-            first, second = [self.paths[self._shard[i]] for i, k in enumerate(self.keys) if k == key][:2]
+            raise UserError(_nothing_usable(spec, len(self.paths), self.skipped, suffixes))
+        self._places = _Places(self.keys)
+        if twice := self._places.twice(self.keys):
+            key, (first, second) = twice[0], [self.paths[self._shard[i]] for i in twice[1:]]
             raise UserError(f"the key {key} is in {first} and again in {second}; keys must differ: leave one tar out")
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}, "_places": None}  # another process has its own files and hash seed
+
     def shard_of(self, i: int) -> int:
         """Which of `paths` holds sample i."""
         return int(self._shard[i])
 
+    def row_of(self, key: str) -> int | None:
+        """The row of the sample with this key; None if there is none."""
+        if self._places is None:
+            self._places = _Places(self.keys)
+        return self._places.row_of(key, self.keys)
+
     def read(self, i: int) -> Sample:
         """Sample i: the picture's bytes, all its captions and its json. The picture is not decoded here."""
-        image, text, meta = self._parts(i, 0, 1, 2)
+        image, text, meta = self._parts(i, PICTURE, TXT, JSON)
         meta = _json_object(meta)
-        ext = PICTURES[self._spans[i, 6]]
+        ext = PICTURES[self._spans[i, EXT]]
         return Sample(key=self.keys[i], image=image, ext=ext, captions=_captions(text, meta), meta=meta)
 
+    def picture(self, i: int) -> bytes:
+        """Sample i's picture file."""
+        return self._parts(i, PICTURE)[0]
+
+    def thumbnail(self, i: int, side: int) -> "Image.Image":
+        """Sample i's picture as RGB, at most `side` pixels wide and high, straight from the tar.
+
+        PictureError if it cannot be decoded.
+        """
+        from clip_train.pictures import decode_picture
+
+        picture = decode_picture(self.picture(i), least=side)
+        picture.thumbnail((side, side))
+        return picture
+
     def captions(self, i: int) -> list[str]:
-        """What is said about sample i: KEY.txt, then the json's "caption" and "captions"; distinct, never empty."""
-        text, meta = self._parts(i, 1, 2)
-        return _captions(text, _json_object(meta))
+        """What is said about sample i: KEY.txt, then the json's "caption" and "captions"; distinct.
+
+        Never empty, unless samples without captions were asked for.
+        """
+        return self.about(i)[0]
+
+    def about(self, i: int) -> tuple[list[str], dict[str, Any]]:
+        """Sample i's captions and its json, in one reading."""
+        text, meta = self._parts(i, TXT, JSON)
+        meta = _json_object(meta)
+        return _captions(text, meta), meta
 
     def label(self, i: int, field: str = "label") -> str | None:
-        """One field of sample i's json as text, None if it has none: equal labels mark pictures of the same thing."""
-        value = _json_object(*self._parts(i, 2)).get(field)
+        """One field of sample i's json as text, None if it has none: equal labels mark pictures of the same thing.
+
+        The field "cls" is the text of KEY.cls where there is one.
+        """
+        if field == "cls" and self._spans[i, CLS] >= 0:
+            return self._parts(i, CLS)[0].decode(errors="replace").strip()
+        value = _json_object(*self._parts(i, JSON)).get(field)
         return None if value is None else str(value)
 
-    def _parts(self, i: int, *which: int) -> list[bytes | None]:
-        """Sample i's picture (0), txt (1), json (2): None where the sample lacks it.
+    def damaged(self, on_progress: Progress | None = None) -> list[tuple[str, str]]:
+        """(key, reason) of the samples whose bytes are not those that were indexed, though the tar looks unchanged.
 
-        Opening the tar anew for each read costs microseconds, and leaves no handle to share between threads or forks.
+        Reads every tar once (sha256), and where it differs, compares the crc32 of each picture; a difference elsewhere
+        is named by the tar. on_progress counts tars. A tar of another size or time is noticed without this.
         """
-        shard = self._shard[i]
+        found: list[tuple[str, str]] = []
+        reason = "changed after the tar was indexed, without a trace in its size and time"
+        for shard, path in enumerate(self.paths):
+            with open(path, "rb") as file:
+                whole = hashlib.file_digest(file, "sha256").hexdigest() == self._sha256[shard]
+            if not whole:
+                rows = np.flatnonzero(self._shard == shard).tolist()
+                bad = [row for row in rows if zlib.crc32(self.picture(row)) != self._spans[row, CRC32]]
+                found += [(self.keys[row], f"its picture {reason}") for row in bad]
+                found += [] if bad else [(path.name, f"captions or names {reason}")]
+            if on_progress:
+                on_progress(shard + 1, len(self.paths), bad=len(found))
+        return found
+
+    def picture_crc32(self) -> np.ndarray:
+        """int64 (N,): crc32 of each sample's picture file, from the index. Equal files have equal ones."""
+        return self._spans[:, CRC32].copy()
+
+    def _parts(self, i: int, *which: int) -> list[bytes | None]:
+        """Sample i's PICTURE, TXT, JSON or CLS file: None where the sample lacks it.
+
+        Tars stay open between reads, which a read at an offset of its own (pread) makes safe for threads and forks. A
+        tar is looked at again before each read: it costs a microsecond, and a tar that changed would give noise.
+        """
+        shard = int(self._shard[i])
         try:
-            fd = os.open(self.paths[shard], os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from error
-        try:
-            stat = os.fstat(fd)
+            tar = self._open.get(shard) or self._opened(shard)
+            stat = os.fstat(tar.fd)
             if (stat.st_size, stat.st_mtime_ns) != self._stamps[shard]:
                 raise UserError(f"{self.paths[shard]} changed while it was being used; run the same command again")
-            spans = [self._spans[i, 2 * w : 2 * w + 2].tolist() for w in which]
-            return [None if offset < 0 else os.pread(fd, size, offset) for offset, size in spans]
-        finally:
-            os.close(fd)
+            spans = [self._spans[i, w : w + 2].tolist() for w in which]
+            return [None if offset < 0 else os.pread(tar.fd, size, offset) for offset, size in spans]
+        except OSError as error:
+            raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from error
+
+    def _opened(self, shard: int) -> "_OpenTar":
+        if len(self._open) >= OPEN_TARS:
+            self._open.pop(list(self._open)[0], None)  # whoever still reads from it holds it open
+        tar = self._open[shard] = _OpenTar(self.paths[shard])
+        return tar
+
+
+class _OpenTar:
+    """A tar's file descriptor, closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class _Places:
+    """key -> row by sorted hashes: 16 bytes a key, where a dict of ten million keys would take a gigabyte."""
+
+    def __init__(self, keys: list[str]) -> None:
+        hashes = np.fromiter(map(hash, keys), dtype=np.int64, count=len(keys))
+        self.order = np.argsort(hashes, kind="stable")
+        self.hashes = hashes[self.order]
+
+    def row_of(self, key: str, keys: list[str]) -> int | None:
+        low, high = np.searchsorted(self.hashes, hash(key), "left"), np.searchsorted(self.hashes, hash(key), "right")
+        return next((row for row in self.order[low:high].tolist() if keys[row] == key), None)
+
+    def twice(self, keys: list[str]) -> tuple[str, int, int] | None:
+        """A key that occurs twice, and its first two rows."""
+        for place in np.flatnonzero(self.hashes[1:] == self.hashes[:-1]).tolist():
+            first, second = self.order[place : place + 2].tolist()
+            if keys[first] == keys[second]:
+                return keys[first], first, second
+        return None
 
 
 def _captions(text: bytes | None, meta: dict[str, Any]) -> list[str]:
@@ -199,7 +330,9 @@ def _index_of(path: Path) -> dict[str, Any]:
         try:
             index = json.loads(place.read_bytes())
             if (index["version"], index["size"], index["mtime_ns"]) == (INDEX_VERSION, stat.st_size, stat.st_mtime_ns):
-                return index
+                _numbers(index)
+                if index.keys() >= {"sha256", "suffixes", "blind", "mute"}:
+                    return index
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not there, or damaged: made anew below
     try:
@@ -234,25 +367,29 @@ def _save(place: Path, data: bytes) -> bool:
 
 
 def _build_index(path: Path) -> dict[str, Any]:
-    """Parse one tar: keys and spans of its usable samples, the reasons for the others, its size, time and sha256.
+    """Parse one tar: where its samples lie, the reasons for those that cannot be used, its size, time and sha256.
 
-    spans: per sample [picture offset, size, txt offset, size, json offset, size, which of PICTURES]; -1 where absent.
+    keys: of the samples with a picture. numbers: int64 (N, NUMBERS), little-endian, in base64 (json numbers take
+    minutes to parse at ten million samples). mute: [row, reason] of those whose captions are no use. blind: the keys
+    of samples without a picture.
     """
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         samples = _group_members(path, file)
-        keys, spans, skipped = [], [], []
+        keys, rows, mute, blind = [], [], [], []
         for key, parts in samples.items():
             ext = next((n for n, suffix in enumerate(PICTURES) if suffix in parts), 0)
-            which = [parts.get(PICTURES[ext]), parts.get("txt"), parts.get("json")]
-            data = [None if span is None else os.pread(file.fileno(), span[1], span[0]) for span in which[1:]]
-            reason = "no picture" if which[0] is None else _why_no_caption(*data)
-            if reason:
-                skipped.append((key, reason))
-            else:
-                keys.append(key)
-                spans.append([n for span in which for n in span or (-1, -1)] + [ext])
+            which = [parts.get(suffix) for suffix in (PICTURES[ext], "txt", "json", "cls")]
+            if which[0] is None:
+                blind.append(key)
+                continue
+            image, *said = [None if span is None else os.pread(file.fileno(), span[1], span[0]) for span in which[:3]]
+            if reason := _why_no_caption(*said):
+                mute.append((len(keys), reason))
+            keys.append(key)
+            rows.append([n for span in which for n in span or (-1, -1)] + [ext, zlib.crc32(image)])
+    numbers = np.array(rows, dtype="<i8").reshape(-1, NUMBERS)
     suffixes = Counter(suffix for parts in samples.values() for suffix in parts)
     return {
         "version": INDEX_VERSION,
@@ -260,28 +397,44 @@ def _build_index(path: Path) -> dict[str, Any]:
         "mtime_ns": stat.st_mtime_ns,
         "sha256": sha256,
         "suffixes": suffixes,
-        "skipped": skipped,
+        "blind": blind,
+        "mute": mute,
         "keys": keys,
-        "spans": spans,
+        "numbers": base64.b64encode(numbers.tobytes()).decode(),
     }
+
+
+def _numbers(index: dict[str, Any]) -> np.ndarray:
+    """The index's numbers as int64 (N, NUMBERS); ValueError if they are not those of its N keys."""
+    numbers = np.frombuffer(base64.b64decode(index["numbers"], validate=True), dtype="<i8")
+    return numbers.astype(np.int64).reshape(len(index["keys"]), NUMBERS)
 
 
 def _why_no_caption(text: bytes | None, meta: bytes | None) -> str | None:
     try:
         captions = _captions(text, _json_object(meta))
         "".join(captions).encode()  # json can hold half a surrogate pair
-        return None if captions else "no caption"
+        return None if captions else NO_CAPTION
     except UnicodeError:
         return "caption is not UTF-8"
     except (ValueError, RecursionError):
         return "json cannot be read"
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name -> key and suffix, as webdataset splits it; ("", "") if it has no key or no suffix.
+
+    The key is the name up to the first dot of its last part, directories included; the suffix the rest in lower case.
+    """
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else ("", "")
+
+
 def _group_members(path: Path, file: IO[bytes]) -> dict[str, dict[str, tuple[int, int]]]:
     """{key: {suffix: (offset, size)}} of the regular files in a tar, in tar order.
 
-    As webdataset groups them: the key is the name up to the first dot of its last part, directories included; the
-    suffix is the rest in lower case. The names stay strings: nothing is ever written to a path that a tar names.
+    The names stay strings: nothing is ever written to a path that a tar names.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     file.seek(0)
@@ -289,14 +442,13 @@ def _group_members(path: Path, file: IO[bytes]) -> dict[str, dict[str, tuple[int
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if not (member.isreg() and stem and dot) or member.issparse():
+                key, suffix = split_name(member.name)
+                if not (member.isreg() and key) or member.issparse():
                     continue
-                parts = samples.setdefault(folder + slash + stem, {})
-                if suffix.lower() in parts:
+                parts = samples.setdefault(key, {})
+                if suffix in parts:
                     raise UserError(f"{path} holds {member.name} twice; make it again with keys that differ")
-                parts[suffix.lower()] = (member.offset_data, member.size)
+                parts[suffix] = (member.offset_data, member.size)
             end = tar.offset
         whole = _is_end_of_tar(file, end)
     except tarfile.TarError:

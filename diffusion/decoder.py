@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_train.captions import check_mix
 from clip_train.settings import UserError
 from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_unknown
 from diffusion.layers import Attention, NoiseLevelEmbedding, silent
@@ -38,6 +39,7 @@ class DecoderConfig:
     dropout: float = 0.0  # inside residual blocks
     drop_image: float = 0.1  # share of samples that lose their image embedding, so that guidance works
     drop_text: float = 0.5  # share of samples that lose their text tokens
+    caption_mix: tuple[float, ...] = ()  # weights of a picture's 1st, 2nd, ... caption, see captions.pick_caption
     predict: str = "edm"  # what the network puts out: edm, v, x0, eps
     sigma_data: float = 0.5  # std of a pixel in [-1, 1]
     density: str = "log_normal"  # of sigma in training (schedule.DENSITIES)
@@ -51,6 +53,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         refuse_unknown("decoder", self.predict, self.density)
+        check_mix(self.caption_mix)
         sizes = (self.image_size, self.patch, self.head_width, self.cond_width, self.image_tokens, *self.widths)
         if min(sizes) < 1 or not self.widths:
             raise UserError(f"decoder: sizes and widths must be at least 1, not {min(sizes)}")

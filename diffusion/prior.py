@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_train.captions import check_mix
 from clip_train.settings import UserError
 from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_unknown
 from diffusion.guidance import classifier_free
@@ -34,6 +35,7 @@ class PriorConfig:
     heads: int = 4
     dropout: float = 0.1  # in the transformer
     drop_text: float = 0.1  # share of pairs that lose their text, so that guidance works
+    caption_mix: tuple[float, ...] = ()  # weights of a picture's 1st, 2nd, ... caption, see captions.pick_caption
     predict: str = "x0"  # what the network puts out: x0 (as in unCLIP), edm, v, eps
     density: str = "cosine"  # of sigma in training (schedule.DENSITIES)
     sigma_mean: float = 0.0  # of ln sigma, for log_normal
@@ -44,6 +46,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         refuse_unknown("prior", self.predict, self.density)
+        check_mix(self.caption_mix)
         if min(self.width, self.depth, self.heads) < 1:
             raise UserError(f"prior: width {self.width}, depth {self.depth} and heads {self.heads} must be at least 1")
         if self.width % self.heads:

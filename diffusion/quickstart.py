@@ -38,7 +38,7 @@ SPLITS = {
 SHARES = {"clip": 0.20, "prior": 0.06, "decoder": 0.54}
 ROUND_TRIPS = {"train": 96, "recombined": 48, "unseen": 48}  # pictures generated for each way
 # What 1,600 drawings want otherwise than the preset's larger sets: few steps, so a shorter average of the weights.
-CLIP_SETTINGS = ("ema=0.97",)
+CLIP_SETTINGS = ("ema=0.97", "text_width=512", "text_heads=8", "smoothing=0")
 SAMPLING = Sampling(steps=12, precision="auto")
 
 

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train import ranks
+from clip_train.captions import pick_caption, uniform_of
 from clip_train.checkpoint import load_tensors, load_weights, save_tensors
+from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig, FitResult, fit
 from clip_train.folder import Input, Manifest, Workspace, read_manifest, write_file
 from clip_train.model import Clip
@@ -22,7 +24,6 @@ from clip_train.pictures import Batches, Pictures
 from clip_train.settings import Progress, UserError, config_from_json, config_to_json, override
 from clip_train.shards import ShardSet
 from clip_train.store import EmbeddingStore
-from clip_train.train import decoded
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, picture_cond
 from diffusion.denoiser import Denoiser, denoising_loss
 from diffusion.prior import PriorConfig, PriorDenoiser, text_cond
@@ -109,7 +110,7 @@ def train_prior(
     if space.done:
         return space.done
 
-    pairs = Pairs.of(store)
+    pairs = Pairs.of(store, config.caption_mix)
     linear = ridge_regression(pairs.blocks(), independent=len(store))
     config = replace(config, sigma_data=linear.spread * config.embed_dim**0.5)
     torch.manual_seed(fit_config.seed)
@@ -191,7 +192,10 @@ def train_decoder(
     def batches(step: int) -> Iterator[Batch]:
         for number, batch in enumerate(order(step), start=step):
             batch = batch | {"image": torch.from_numpy(image[batch["row"].numpy()].astype(np.float32))}
-            yield batch | text_batch(encoder, captions, batch["row"].tolist(), number) if captions else batch
+            if captions:
+                uniform = uniform_of(fit_config.seed, order.places(number))
+                batch |= text_batch(encoder, captions, batch["row"].tolist(), config.caption_mix, uniform)
+            yield batch
 
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
     notes = {"pictures": len(pictures), "linear_penalty": linear.penalty, "linear_spread": linear.spread}
@@ -211,12 +215,15 @@ class Pairs:
 
     text: np.ndarray  # (M, D)
     image: np.ndarray  # (N, D)
-    row: np.ndarray  # (M,): the picture of each caption
+    row: np.ndarray  # (M,): the picture of each caption, in rising order
+    mix: Sequence[
+        float
+    ] = ()  # weights of a picture's 1st, 2nd, ... caption; (): every caption comes round equally often
 
     @classmethod
-    def of(cls, store: EmbeddingStore) -> "Pairs":
+    def of(cls, store: EmbeddingStore, mix: Sequence[float] = ()) -> "Pairs":
         text, row = store.captions()
-        return cls(text, store.image(), row)
+        return cls(text, store.image(), row, mix)
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
         """(text (n, D), image (n, D)), each pair once."""
@@ -224,13 +231,23 @@ class Pairs:
             yield self._take(np.arange(start, min(start + size, len(self.row))))
 
     def batches(self, config: FitConfig) -> Callable[[int], Iterator[Batch]]:
-        """This rank's share of every step's batch: permutations of all pairs, one after the other."""
+        """This rank's share of every step's batch: permutations of all pairs, one after the other.
+
+        With a mix: permutations of the pictures that have captions, each with one of them.
+        """
+        pictures, first, count = np.unique(self.row, return_index=True, return_counts=True)
         mine = config.batch_size // ranks.world_size()
 
         def from_step(step: int) -> Iterator[Batch]:
             while True:
                 start = step * config.batch_size + ranks.rank() * mine
-                text, image = self._take(shuffled(start, mine, len(self.row), config.seed))
+                if len(self.mix):
+                    some = shuffled(start, mine, len(pictures), config.seed)
+                    uniform = uniform_of(config.seed, np.arange(start, start + mine))
+                    some = first[some] + pick_caption(count[some], self.mix, uniform)
+                else:
+                    some = shuffled(start, mine, len(self.row), config.seed)
+                text, image = self._take(some)
                 yield {"text": text, "image": image}
                 step += 1
 
@@ -291,10 +308,13 @@ def guess_pairs(image: np.ndarray, pictures: Pictures, config: DecoderConfig) ->
         yield torch.from_numpy(image[rows].astype(np.float32)), small.flatten(1)
 
 
-def text_batch(clip: Clip, captions: Callable[[int], list[str]], rows: list[int], step: int) -> Batch:
-    """The text tower's states of one caption per picture; which of its captions, the step decides."""
-    chosen = [captions(row)[(step + row) % len(captions(row))] for row in rows]
-    states, keep = clip.text_states(chosen)
+def text_batch(
+    clip: Clip, captions: Callable[[int], list[str]], rows: list[int], mix: Sequence[float], uniform: np.ndarray
+) -> Batch:
+    """The text tower's states of one caption per picture: the one that `uniform` (B,) in [0, 1) chooses, see mix."""
+    said = [captions(row) for row in rows]
+    which = pick_caption(np.array([len(own) for own in said]), mix, uniform)
+    states, keep = clip.text_states([own[i] for own, i in zip(said, which.tolist(), strict=True)])
     return {"text": states.cpu(), "keep_text": keep.cpu()}
 
 

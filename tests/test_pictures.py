@@ -1,5 +1,9 @@
 import io
+import json
+import signal
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_train.pictures import Batches, PictureError, Pictures, decode_picture, to_pixels
+from clip_train.pictures import Batches, PictureError, Pictures, decode_picture, to_pixels, training_pixels
 from clip_train.settings import UserError
 from clip_train.shards import Sample, ShardSet, write_shards
 
@@ -136,6 +140,107 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(side):
         decode_picture(bomb(side, side))
     with pytest.raises(PictureError, match="30 x 30 is more than 0.0005 million"):
         decode_picture(saved(noise(30, 30)), max_pixels=500)
+
+
+def smooth(width, height, seed=0):
+    """A picture such as JPEG is made for: few colours that run into each other."""
+    return noise(6, 6, seed).resize((width, height), Image.Resampling.BICUBIC)
+
+
+EASY = {  # format -> how it is saved: what torchvision decodes in Pillow's place
+    "JPEG": [{"quality": 90}, {"quality": 75, "progressive": True}, {"quality": 90, "subsampling": 0}],
+    "WEBP": [{"quality": 90}, {"lossless": True}],
+    "PNG": [{}],
+}
+
+
+@pytest.mark.parametrize("kind, how", [(kind, how) for kind, hows in EASY.items() for how in hows])
+def test_training_pixels_of_the_size_wanted_are_those_of_pillow(kind, how):
+    for seed in range(5):
+        data = saved(smooth(32, 32, seed), kind, **how)
+        difference = (training_pixels(data, 32).float() - to_pixels(decode_picture(data), 32).float()).abs()
+        assert difference.max() <= (2 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("kind, how", [(kind, how) for kind, hows in EASY.items() for how in hows])
+@pytest.mark.parametrize("shape", [(48, 40), (40, 61), (20, 24), (100, 90), (200, 130)])
+def test_training_pixels_differ_little_from_the_exact_ones(kind, how, shape):
+    data = saved(smooth(*shape), kind, **how)
+    mine, exact = training_pixels(data, 32), to_pixels(decode_picture(data), 32)
+    assert mine.shape == exact.shape and mine.dtype == torch.uint8
+    scaled = kind == "JPEG" and min(shape) >= 64  # by the decoder: 1/2, 1/4 or 1/8
+    assert (mine.float() - exact.float()).abs().mean() < (2.5 if scaled else 0.1)
+
+
+def test_training_pixels_of_what_needs_more_than_decoding_are_exact():
+    half = smooth(16, 16).convert("RGBA")
+    half.putalpha(100)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    palette = smooth(16, 16).quantize(16)
+    hard = {
+        "alpha": saved(half),
+        "webp alpha": saved(half, "WEBP", lossless=True),
+        "webp lossy alpha": saved(half, "WEBP"),
+        "webp exif": saved(smooth(16, 16), "WEBP", exif=exif),
+        "webp animation": saved(smooth(16, 16), "WEBP", save_all=True, append_images=[noise(16, 16)]),
+        "gif animation": saved(smooth(16, 16), "GIF", save_all=True, append_images=[noise(16, 16)]),
+        "palette": saved(palette, transparency=3),
+        "jpeg on its side": saved(smooth(16, 16), "JPEG", exif=exif),
+        "cmyk": saved(smooth(16, 16).convert("CMYK"), "JPEG"),
+        "grey jpeg": saved(smooth(16, 16).convert("L"), "JPEG"),
+        "rgb jpeg": saved(smooth(16, 16), "JPEG", keep_rgb=True),
+        "16 bits": saved(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)),
+        "bmp": saved(smooth(16, 16), "BMP"),
+    }
+    for name, data in hard.items():
+        assert torch.equal(training_pixels(data, 16), to_pixels(decode_picture(data), 16)), name
+
+
+def test_training_pixels_of_damaged_files_are_those_of_pillow_or_its_reason():
+    rng = np.random.default_rng(0)
+    refused = 0
+    for kind, hows in EASY.items():
+        for trial in range(120):
+            data = bytearray(saved(smooth(24, 24, trial % 7), kind, **hows[trial % len(hows)]))
+            if trial % 3:
+                data[rng.integers(0, len(data))] ^= 1 << int(rng.integers(0, 8))
+            else:
+                data = data[: rng.integers(0, len(data))]
+            try:
+                exact = to_pixels(decode_picture(bytes(data)), 24)
+            except PictureError as error:
+                with pytest.raises(PictureError) as caught:
+                    training_pixels(bytes(data), 24)
+                assert str(caught.value) == str(error)
+                refused += 1
+            else:
+                difference = (training_pixels(bytes(data), 24).float() - exact.float()).abs()
+                assert difference.max() <= 2 or exact.shape != difference.shape or decode_picture(data).size != (24, 24)
+    assert 60 < refused < 300
+
+
+def test_training_pixels_of_a_bomb_are_refused_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr("clip_train.pictures._decode_plain", None)  # decoding would fail
+    jpeg, webp = saved(noise(16, 16), "JPEG"), bytearray(saved(noise(16, 16), "WEBP", lossless=True))
+    start = jpeg.index(b"\xff\xc0")
+    jpeg = jpeg[: start + 5] + struct.pack(">HH", 60_000, 60_000) + jpeg[start + 9 :]
+    webp[21:25] = struct.pack("<I", 16383 << 14 | 16383)
+    for data in (jpeg, bytes(webp), bomb(60_000, 60_000)):
+        with pytest.raises(PictureError, match="million pixels"):
+            training_pixels(data, 16)
+
+
+def test_fast_pictures_are_training_pixels_and_have_a_cache_of_their_own(tmp_path):
+    shards = make_shards(tmp_path / "s", 6, bad=(1,))
+    for cache, size in ((None, 0), (None, 1e9), (tmp_path / "cache", 1e9)):
+        fast = Pictures(shards, 5, cache, cache_bytes=size, fast=True)
+        pixels, rows = fast.load(range(6))
+        assert rows.tolist() == [0, 2, 3, 4, 5] and [key for key, _ in fast.bad] == ["001"]
+        for row, one in zip(rows.tolist(), pixels, strict=True):
+            assert torch.equal(one, training_pixels(shards.picture(row), 5))
+    Pictures(shards, 5, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
 def test_no_warning_of_pillow_gets_through_from_any_thread(recwarn):
@@ -274,3 +379,45 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(tmp_path):
         mine, theirs = next(alone), next(helped)
         assert torch.equal(mine["row"], theirs["row"]) and torch.equal(mine["pixels"], theirs["pixels"])
     helped.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_worker_processes_find_bad_is_told_to_the_parent(tmp_path):
+    shards = make_shards(tmp_path / "s", 300, bad=(100, 101, 200), size=(4, 4))
+    pictures = Pictures(shards, 4, cache_bytes=0)
+    stream = Batches(pictures, 100, seed=0, workers=2)(0)
+    batches = [next(stream) for _ in range(6)]
+    stream.close()
+    assert sorted(key for key, _ in pictures.bad) == ["100", "101", "200"]
+    assert all("truncated" in reason.lower() for _, reason in pictures.bad)
+    alone = Batches(Pictures(shards, 4, cache_bytes=0), 100, seed=0)(0)
+    for batch in batches:
+        assert torch.equal(batch["row"], next(alone)["row"])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_process_killed_in_an_epoch_is_taken_up_by_any_number_of_workers_and_ranks(tmp_path, workers):
+    program = """
+import sys
+from clip_train.pictures import Batches, Pictures
+from clip_train.shards import ShardSet
+shards = ShardSet(sys.argv[1])
+for batch in Batches(Pictures(shards, 4, cache_bytes=0), 6, seed=3, workers=int(sys.argv[2]))(0):
+    print("[" + ", ".join(f'"{shards.keys[row]}"' for row in batch["row"].tolist()) + "]", flush=True)
+"""
+    shards = make_shards(tmp_path / "s", 35)
+    pictures = Pictures(shards, 4, cache_bytes=0)
+    stream = Batches(pictures, 6, seed=3)(0)
+    unbroken = [[shards.keys[row] for row in next(stream)["row"].tolist()] for _ in range(14)]
+    assert len({key for keys in unbroken[:6] for key in keys}) == 35  # an epoch ends inside the sixth step
+    command = [sys.executable, "-c", program, str(tmp_path / "s"), str(workers)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert [json.loads(process.stdout.readline()) for _ in range(8)] == unbroken[:8]
+        process.send_signal(signal.SIGKILL)
+    for world in (1, 2):
+        ranks = [Batches(pictures, 6 // world, 3, rank, world, workers)(8) for rank in range(world)]
+        for keys in unbroken[8:]:
+            assert [shards.keys[row] for rank in ranks for row in next(rank)["row"].tolist()] == keys
+        for rank in ranks:
+            rank.close()

@@ -121,6 +121,22 @@ def test_batches_of_pairs_are_a_pure_function_of_the_step_and_visit_each_pair_on
     assert all(torch.equal(batch["image"], batch["text"].floor_divide(2) * 10) for batch in first)
 
 
+def test_a_caption_mix_shows_every_picture_once_an_epoch_with_captions_in_the_shares_asked_for():
+    pairs = Pairs(
+        np.arange(3000, dtype=np.float32)[:, None],
+        np.arange(1000, dtype=np.float32)[:, None],
+        np.repeat(np.arange(1000), 3),
+        mix=(0.5, 0.5),  # the first caption half of the time, the other two share the rest
+    )
+    stream = pairs.batches(FitConfig(steps=9, batch_size=100))(0)
+    seen = [next(stream) for _ in range(40)]
+    picture = torch.cat([batch["image"] for batch in seen]).flatten()
+    which = torch.cat([batch["text"] for batch in seen]).flatten() - 3 * picture
+    assert sorted(picture[:1000].tolist()) == list(range(1000))
+    shares = torch.bincount(which.long(), minlength=3) / 4000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.03)
+
+
 def test_shuffled_goes_on_across_epochs_as_if_there_were_no_batches():
     whole = shuffled(0, 25, 10, seed=3)
     assert np.array_equal(np.concatenate([shuffled(s, 5, 10, seed=3) for s in range(0, 25, 5)]), whole)

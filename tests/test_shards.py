@@ -2,14 +2,17 @@ import gc
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
+from clip_train.pictures import PictureError
 from clip_train.settings import UserError
 from clip_train.shards import Sample, ShardSet, list_shards, write_shards
 
@@ -260,12 +263,19 @@ def test_the_saved_index_is_used_until_the_tar_changes(tmp_path, monkeypatch):
         first.read(0)
 
 
-def test_a_damaged_index_is_made_anew(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "old", "numbers", "keys", "fields"])
+def test_a_damaged_or_old_index_is_made_anew(tmp_path, damage):
     write_shards(samples(3), tmp_path)
     ShardSet(tmp_path)
-    (tmp_path / "000000.tar.index.json").write_text('{"version": 1')
-    assert len(ShardSet(tmp_path)) == 3
-    assert json.loads((tmp_path / "000000.tar.index.json").read_text())["keys"] == ["0000", "0001", "0002"]
+    file = tmp_path / "000000.tar.index.json"
+    whole = file.read_text()
+    index = json.loads(whole)
+    other = {"old": {"version": 1}, "numbers": {"numbers": index["numbers"][:-8]}, "keys": {"keys": ["0000"]}}
+    if damage == "fields":
+        del index["mute"]
+    file.write_text(whole[:30] if damage == "cut" else json.dumps(index | other.get(damage, {})))
+    assert ShardSet(tmp_path).read(2).captions == ["picture 2", "no. 2"]
+    assert file.read_text() == whole and json.loads(whole)["keys"] == ["0000", "0001", "0002"]
 
 
 def test_a_read_only_folder_is_left_as_it_is_and_the_index_goes_to_the_cache(tmp_path, monkeypatch):
@@ -281,6 +291,117 @@ def test_a_read_only_folder_is_left_as_it_is_and_the_index_goes_to_the_cache(tmp
         assert len(ShardSet(tmp_path / "s")) == 3
     finally:
         os.chmod(tmp_path / "s", 0o755)
+
+
+def test_pictures_without_captions_are_taken_where_that_is_asked_for(tmp_path):
+    members = [
+        ("a.jpg", b"1"),
+        ("a.cls", b" 7\n"),
+        ("b.jpg", b"2"),
+        ("b.txt", b"said"),
+        ("b.json", b'{"cls": 3}'),
+        ("c.jpg", b"3"),
+        ("d.jpg", b"4"),
+        ("d.json", b"{"),
+        ("e.cls", b"5"),
+    ]
+    make_tar(tmp_path / "a.tar", members)
+    shards = ShardSet(tmp_path, captions=False)
+    assert shards.keys == ["a", "b", "c"]
+    assert [shards.captions(i) for i in range(3)] == [[], ["said"], []]
+    assert [shards.label(i, "cls") for i in range(3)] == ["7", "3", None]  # KEY.cls, else the json
+    assert [shards.read(i).image for i in range(3)] == [b"1", b"2", b"3"]
+    assert dict(shards.skipped) == {"d": "json cannot be read", "e": "no picture"}
+    captioned = ShardSet(tmp_path)
+    assert captioned.keys == ["b"] and captioned.read(0).image == b"2" and captioned.fingerprint == shards.fingerprint
+
+
+def test_a_sample_is_found_by_its_key(tmp_path):
+    write_shards(samples(50), tmp_path, samples_per_shard=7)
+    shards = ShardSet(tmp_path)
+    for found in (shards, pickle.loads(pickle.dumps(shards))):
+        assert [found.row_of(key) for key in shards.keys] == list(range(50))
+        assert found.row_of("0050") is None and found.row_of("") is None
+
+
+def test_a_thumbnail_comes_from_the_tar_at_most_as_large_as_asked(tmp_path):
+    wide, small = io.BytesIO(), png("blue", (3, 5))
+    Image.new("RGB", (640, 320), "red").save(wide, "JPEG")
+    rows = [("wide", wide.getvalue(), "jpg"), ("small", small, "png"), ("broken", b"x", "jpg")]
+    members = [m for key, data, ext in rows for m in ((f"{key}.{ext}", data), (f"{key}.txt", b"x"))]
+    shards = ShardSet(make_tar(tmp_path / "a.tar", members))
+    thumbnail = shards.thumbnail(0, 64)
+    assert (thumbnail.mode, thumbnail.size) == ("RGB", (64, 32)) and thumbnail.getpixel((9, 9))[0] > 250
+    assert shards.thumbnail(1, 64).size == (3, 5)
+    with pytest.raises(PictureError, match="not a JPEG"):
+        shards.thumbnail(2, 64)
+
+
+@pytest.mark.parametrize(
+    "what, name, words",
+    [(png((2, 0, 0)), "0002", "its picture changed"), (b"no. 3", "000000.tar", "captions or names")],
+)
+def test_bytes_that_changed_without_size_or_time_are_named(tmp_path, what, name, words):
+    write_shards(samples(4), tmp_path)
+    tar = tmp_path / "000000.tar"
+    assert ShardSet(tmp_path).damaged() == []
+    stat, data = tar.stat(), bytearray(tar.read_bytes())
+    data[data.index(what) + len(what) // 2] ^= 1
+    tar.write_bytes(data)
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    [(named, reason)] = ShardSet(tmp_path).damaged()
+    assert named == name and words in reason
+
+
+def test_the_index_knows_the_crc32_of_every_picture(tmp_path):
+    write_shards(samples(4), tmp_path)
+    assert ShardSet(tmp_path).picture_crc32().tolist() == [zlib.crc32(png((i, 0, 0))) for i in range(4)]
+
+
+@pytest.mark.parametrize("spec", ["s3://bucket/{000..009}.tar", "pipe:cat x.tar", "https://h/x.tar"])
+def test_shards_elsewhere_have_no_index_and_are_refused_as_such(spec):
+    with pytest.raises(UserError, match="is not on this machine; only training reads such shards"):
+        ShardSet(spec)
+
+
+def test_a_tar_that_is_written_over_while_it_is_open_is_noticed(tmp_path):
+    write_shards(samples(4), tmp_path)
+    shards = ShardSet(tmp_path)
+    shards.read(0)
+    tar = tmp_path / "000000.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    with pytest.raises(UserError, match=r"000000\.tar changed"):
+        shards.picture(1)
+
+
+def test_no_more_tars_are_held_open_than_allowed_and_none_when_the_shards_are_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_train.shards.OPEN_TARS", 3)
+    write_shards(samples(20), tmp_path, samples_per_shard=2)
+
+    def held():
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return sum(os.path.lexists(f) and os.readlink(f).startswith(str(tmp_path)) for f in links)
+
+    shards = ShardSet(tmp_path)
+    with ThreadPoolExecutor(6) as pool:
+        images = list(pool.map(lambda i: shards.picture(i * 7 % 20), range(500)))
+    assert images == [png((i * 7 % 20, 0, 0)) for i in range(500)]
+    if os.path.isdir("/proc/self/fd"):
+        assert 1 <= held() <= 3 + 6
+        del shards
+        gc.collect()
+        assert held() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_reads_from_the_tars_its_parent_had_open(tmp_path):
+    write_shards(samples(20), tmp_path, samples_per_shard=10)
+    shards = ShardSet(tmp_path)
+    shards.read(0), shards.read(15)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        theirs = pool.map(shards.picture, range(20))
+    assert theirs == [shards.picture(i) for i in range(20)]
 
 
 def test_names_in_a_tar_never_become_paths(tmp_path):
