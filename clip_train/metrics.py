@@ -79,6 +79,47 @@ def ranks(
     return out
 
 
+def mean_average_precision(
+    queries: np.ndarray,
+    rows: np.ndarray,
+    groups_q: Sequence | np.ndarray | None = None,
+    groups_r: Sequence | np.ndarray | None = None,
+) -> float:
+    """Mean over the queries of their average precision: the mean, over a query's right answers, of the share of right
+    answers among all that rank as high. 1 when every right answer stands before every wrong one; ties as in ranks().
+    """
+    groups, _ = _groups(len(queries), len(rows), groups_q, groups_r)
+    of_query, of_row = groups
+    queries, rows = np.asarray(queries, dtype=np.float32), np.asarray(rows, dtype=np.float32)
+    total = 0.0
+    for low in range(0, len(queries), BLOCK):
+        block = np.nan_to_num(queries[low : low + BLOCK] @ rows.T, nan=-np.inf)
+        for scores, group in zip(block, of_query[low : low + BLOCK], strict=True):
+            right = of_row == group
+            best = np.sort(scores[right])[::-1]
+            wrong = np.sort(scores[~right])
+            place = np.arange(1, len(best) + 1)  # among the right answers
+            total += float(np.mean(place / (place + len(wrong) - np.searchsorted(wrong, best, side="left"))))
+    return total / len(queries)
+
+
+def nearest(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(Q,) int64: the row with the highest score for each query, the first of equal ones."""
+    queries, rows = np.asarray(queries, dtype=np.float32), np.asarray(rows, dtype=np.float32)
+    blocks = [(queries[low : low + BLOCK] @ rows.T).argmax(axis=1) for low in range(0, len(queries), BLOCK)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *blocks])
+
+
+def class_recalls(correct: np.ndarray, target: np.ndarray, classes: int) -> np.ndarray:
+    """(C,) share of each class's samples that are correct; nan for a class without samples.
+
+    correct (N,) bool, target (N,) class numbers. The mean over classes that have samples is the balanced accuracy.
+    """
+    count = np.bincount(target, minlength=classes).astype(np.float64)
+    right = np.bincount(target, weights=correct, minlength=classes)
+    return np.divide(right, count, out=np.full(classes, np.nan), where=count > 0)
+
+
 def chance_recall(right: int, total: int, k: int) -> float:
     """The chance that k different answers drawn from `total` hold at least one of the `right` ones (hypergeometric).
 
@@ -93,6 +134,49 @@ def chance_recall(right: int, total: int, k: int) -> float:
 def chance_rank(right: int, total: int) -> float:
     """The mean rank of the best of `right` answers in a random order of `total`: (total + 1) / (right + 1)."""
     return (total + 1) / (right + 1)
+
+
+def brier_score(probability: np.ndarray, happened: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Mean squared distance of the probabilities (N,) from what happened (N,) bool; 0 is perfect.
+
+    weight (N,): how much each case counts, e.g. to make rare ones as common as they are in use.
+    """
+    return float(np.average((np.asarray(probability) - np.asarray(happened)) ** 2, weights=weight))
+
+
+def log_loss(probability: np.ndarray, happened: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Mean -log of the probability given to what happened, in nats; the base rate p alone reaches its entropy."""
+    given = np.where(happened, probability, 1 - np.asarray(probability))
+    return float(np.average(-np.log(np.clip(given, 1e-15, 1)), weights=weight))
+
+
+def reliability(
+    probability: np.ndarray, happened: np.ndarray, weight: np.ndarray | None = None, bins: int = 15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cases in `bins` equal steps of probability: mean probability, share that happened, share of the cases. (bins,)
+
+    The first two are nan where a bin is empty.
+    """
+    weight = np.ones(len(probability)) if weight is None else np.asarray(weight, dtype=np.float64)
+    place = np.minimum((np.asarray(probability) * bins).astype(np.int64), bins - 1)
+    mass = np.bincount(place, weights=weight, minlength=bins)
+    said = np.bincount(place, weights=weight * probability, minlength=bins)
+    was = np.bincount(place, weights=weight * happened, minlength=bins)
+    empty = np.full(bins, np.nan)
+    there = mass > 0
+    said, was = (np.divide(one, mass, out=empty.copy(), where=there) for one in (said, was))
+    return said, was, mass / mass.sum()
+
+
+def calibration_error(
+    probability: np.ndarray, happened: np.ndarray, weight: np.ndarray | None = None, bins: int = 15
+) -> float:
+    """Expected calibration error: mean over the cases of |mean probability - share that happened| of their bin.
+
+    Guo et al. 2017, arXiv 1706.04599, equation 3. 0 is perfect; it says nothing about how sharp the probabilities are.
+    """
+    said, was, share = reliability(probability, happened, weight, bins)
+    return float(np.nansum(share * np.abs(said - was)))
 
 
 def paired_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

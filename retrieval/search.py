@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from clip_train.calibration import Calibration
     from clip_train.model import Clip
     from clip_train.shards import ShardSet
 
@@ -33,6 +34,7 @@ class Hit:
     key: str  # of the sample in the shards
     caption: str
     meta: dict[str, Any]  # the rest of what the metadata says
+    probability: float | None = None  # that picture and caption match; of calibrated CLIPs, between the two kinds only
 
 
 class Searcher:
@@ -66,7 +68,8 @@ class Searcher:
 
     def text(self, queries: Sequence[str], k: int = 10, modality: str = "image") -> list[list[Hit]]:
         """The k best rows for each caption: by their pictures, or with modality "text" by their captions."""
-        return self.vectors(self.clip.encode_text(list(queries)).numpy(), k, modality)
+        hits = self.vectors(self.clip.encode_text(list(queries)).numpy(), k, modality)
+        return self._with_probability(hits) if modality == "image" else hits
 
     def picture(
         self, pictures: "Sequence[Path | str | bytes | Image.Image]", k: int = 10, modality: str = "image"
@@ -75,7 +78,8 @@ class Searcher:
         import torch
 
         pixels = torch.stack([self._pixels(picture) for picture in pictures])
-        return self.vectors(self.clip.encode_image(pixels).numpy(), k, modality)
+        hits = self.vectors(self.clip.encode_image(pixels).numpy(), k, modality)
+        return self._with_probability(hits) if modality == "text" else hits
 
     def vectors(self, vectors: np.ndarray, k: int = 10, modality: str = "image") -> list[list[Hit]]:
         """The k best rows for each row of (Q, D), of any length but 0. Fewer than k where the index is smaller."""
@@ -129,6 +133,24 @@ class Searcher:
                 f"name the right one with --clip, or {again}"
             )
         return clip
+
+    @functools.cached_property
+    def calibration(self) -> "Calibration | None":
+        """The CLIP folder's curve from cosine to probability; None if it has none, or one of other weights."""
+        from clip_train.calibration import load
+
+        folder = self._given or self.manifest.input_path("clip")
+        curve = load(folder) if folder else None
+        return curve if curve and curve.clip == self.manifest.inputs["clip"]["fingerprint"] else None
+
+    def _with_probability(self, hits: list[list[Hit]]) -> list[list[Hit]]:
+        """Hits between pictures and captions with the probability of a match. Cosines of two pictures, or of two
+        captions, lie elsewhere: the curve says nothing about them."""
+        if self.calibration is None:
+            return hits
+        return [
+            [replace(hit, probability=float(self.calibration.probability(hit.score))) for hit in row] for row in hits
+        ]
 
     @functools.cached_property
     def _shards(self) -> "tuple[ShardSet | None, dict[str, int]]":

@@ -6,10 +6,17 @@ import pytest
 import tiny
 
 from clip_train.metrics import (
+    brier_score,
+    calibration_error,
     chance_rank,
     chance_recall,
+    class_recalls,
+    log_loss,
+    mean_average_precision,
     modality_gap,
+    nearest,
     ranks,
+    reliability,
     retrieval_recall,
 )
 
@@ -123,3 +130,42 @@ def test_embeddings_that_are_not_numbers_find_nothing():
     rows = np.eye(4, dtype=np.float32)
     broken = np.full_like(rows, np.nan)
     assert retrieval_recall(broken, rows).recall[1] == 0 and retrieval_recall(rows, broken).recall[1] == 0
+
+
+def test_average_precision_worked_by_hand():
+    # query 0: right at places 1 and 3 -> (1/1 + 2/3) / 2; query 1: right at place 2 only -> 1/2
+    queries = np.array([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1]])
+    groups = ["a", "b", "a", "c"]
+    assert mean_average_precision(queries[:1], AXES, ["a"], groups) == pytest.approx((1 + 2 / 3) / 2)
+    assert mean_average_precision(queries, AXES, ["a", "b"], groups) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
+    same = np.ones((4, 4))  # all tie: the wrong answers count as first
+    assert mean_average_precision(same, AXES, [0, 1, 2, 3], [0, 1, 2, 3]) == pytest.approx(1 / 4)
+    assert mean_average_precision(AXES, AXES) == 1
+
+
+def test_with_one_right_answer_average_precision_is_the_mean_inverse_rank():
+    queries, rows = tiny.unit_rows(80, 8), tiny.unit_rows(80, 8, seed=1)
+    assert mean_average_precision(queries, rows) == pytest.approx(np.mean(1 / ranks(queries, rows)))
+
+
+def test_nearest_and_class_recalls_worked_by_hand():
+    assert nearest(QUERIES, AXES).tolist() == [0, 2, 0]
+    recalls = class_recalls(np.array([True, False, True, True]), np.array([0, 0, 2, 2]), 4)
+    assert recalls[[0, 2]].tolist() == [0.5, 1] and np.isnan(recalls[[1, 3]]).all()
+
+
+def test_scores_of_probabilities_worked_by_hand():
+    said, was = np.array([0.9, 0.9, 0.1, 0.4]), np.array([True, False, False, True])
+    assert brier_score(said, was) == pytest.approx((0.01 + 0.81 + 0.01 + 0.36) / 4)
+    assert log_loss(said, was) == pytest.approx(-(2 * math.log(0.9) + math.log(0.1) + math.log(0.4)) / 4)
+    # ten bins: 0.1 said, 0 were; 0.4 said, 1 was; 0.9 said, half were
+    assert calibration_error(said, was, bins=10) == pytest.approx(0.1 / 4 + 0.6 / 4 + 0.4 / 2)
+    told, happened, share = reliability(said, was, bins=10)
+    assert told[9] == pytest.approx(0.9) and happened[9] == 0.5 and share[9] == 0.5 and np.isnan(told[0])
+
+
+def test_a_weight_of_two_is_the_same_case_twice():
+    said, was = np.array([0.9, 0.2, 0.6]), np.array([True, False, False])
+    weight, twice = np.array([1, 2, 1]), np.array([0, 1, 1, 2])
+    for score in (brier_score, log_loss, calibration_error):
+        assert score(said, was, weight) == pytest.approx(score(said[twice], was[twice]))

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from clip_train import calibration
 from clip_train.embed import embed
 from clip_train.model import Clip
 from clip_train.settings import UserError
@@ -185,3 +186,49 @@ def test_hits_are_json(searcher):
     from dataclasses import asdict
 
     assert json.loads(json.dumps([asdict(hit) for hit in searcher.text(["x"], k=2)[0]]))[1]["rank"] == 2
+
+
+def test_hits_between_pictures_and_captions_carry_the_probability_of_a_calibrated_clip(world, tmp_path):
+    plain = Searcher.open(world / "index")
+    assert all(hit.probability is None for hit in plain.text(["picture number 3"])[0])
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    fingerprint = Clip.load(tmp_path / "clip").fingerprint
+    curve = calibration.Calibration(slope=8.0, offset=-2.0, match_rate=0.5, clip=fingerprint)
+    calibration.save(tmp_path / "clip", curve)
+    searcher = Searcher.open(world / "index", tmp_path / "clip")
+    for hits in (searcher.text(["picture number 3"])[0], searcher.picture([tiny.picture(3)], modality="text")[0]):
+        expected = [1 / (1 + np.exp(2 - 8 * hit.score)) for hit in hits]
+        assert [hit.probability for hit in hits] == pytest.approx(expected)
+    # two pictures, two captions, or a vector of unknown kind: the curve is not about them
+    for hits in (
+        searcher.text(["a"], modality="text"),
+        searcher.picture([tiny.picture(3)]),
+        searcher.vectors(np.ones(32)),
+    ):
+        assert all(hit.probability is None for hit in hits[0])
+
+
+def test_a_curve_of_other_weights_is_not_used(world, tmp_path):
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    curve = calibration.Calibration(slope=8.0, offset=-2.0, match_rate=0.5, clip="sha256:other")
+    calibration.save(tmp_path / "clip", curve)
+    assert Searcher.open(world / "index", tmp_path / "clip").text(["a"])[0][0].probability is None
+
+
+def test_the_command_line_shows_a_column_of_probabilities_only_where_there_are_some(world, tmp_path):
+    from click.testing import CliRunner
+
+    import cli
+
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    curve = calibration.Calibration(
+        slope=0.0, offset=0.0, match_rate=0.5, clip=Clip.load(tmp_path / "clip").fingerprint
+    )
+    calibration.save(tmp_path / "clip", curve)
+    options = ["--index", str(world / "index"), "--clip", str(tmp_path / "clip"), "-k", "2"]
+    shown = CliRunner().invoke(cli.cli, ["search", "a fox", *options]).stdout.splitlines()
+    assert shown[0].split() == ["rank", "score", "match", "key", "caption"] and shown[1].split()[2] == "0.50"
+    found = json.loads(CliRunner().invoke(cli.cli, ["search", "a fox", "--json", *options]).stdout)
+    assert found[0]["hits"][0]["probability"] == 0.5
+    shown = CliRunner().invoke(cli.cli, ["search", "a fox", "--modality", "text", *options]).stdout
+    assert shown.split()[:4] == ["rank", "score", "key", "caption"]
