@@ -24,12 +24,15 @@ except ImportError:  # Windows: no advisory locks, so two writers of one folder 
     fcntl = None
 
 MANIFEST = "manifest.json"
-HOW_TO_RUN = {"save_every", "log_every", "workers", "cache_gb"}  # may differ between a run and its resume
+# settings that may differ between a run and its resume
+HOW_TO_RUN = {"save_every", "log_every", "validate_every", "watch_every", "workers", "cache_gb", "skip_broken"}
 # kind of folder -> the command that makes it, for error messages
 MAKERS = {
     "shards": "unclip shard",
     "demo": "unclip quickstart",
     "clip": "unclip train clip",
+    "hf": "unclip export hf",
+    "onnx": "unclip export onnx",
     "embeddings": "unclip embed",
     "index": "unclip index",
     "prior": "unclip train prior",
@@ -168,11 +171,12 @@ class Workspace:
 
         So a process killed anywhere in here leaves either all that it needs to go on, or a whole folder.
         """
-        skip = {"metrics.jsonl", "plan.json", MANIFEST, ".lock"}
+        skip = {"metrics.jsonl", "curves.png", "plan.json", MANIFEST, ".lock"}
         leftovers = [self.path / "scratch", self.path / "plan.json", *self.path.glob("checkpoint*")]
         leftovers += self.path.rglob(".*")
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
-        files = [p for p in files if not any(p == left or left in p.parents for left in leftovers)]
+        aside = [*leftovers, self.path / "logs"]  # what trackers write stays, and is not what the folder is for
+        files = [p for p in files if not any(p == one or one in p.parents for one in aside)]
         for path in files:
             _flush(path)
         manifest = Manifest(
