@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from clip_train import ranks
+from clip_train.folder import write_file
+from clip_train.parallel import copy_whole
 from clip_train.settings import UserError
 
 
@@ -47,49 +53,153 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[s
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: Path | str) -> None:
     """load_state_dict whose complaint is one line naming the file and the first weight that does not fit."""
-    own = module.state_dict()
-    for name in own.keys() ^ tensors.keys():
-        side = "lacks" if name in own else "has an unknown"
-        raise UserError(f"{where} {side} weight {name}: it belongs to another model or version")
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise UserError(f"{where}: {name} is {tuple(tensors[name].shape)}, the config needs {tuple(tensor.shape)}")
+    _refuse_others(module, {name: t.shape for name, t in tensors.items()}, where)
     module.load_state_dict(tensors)
 
 
-def save_training(
-    path: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averaged: dict[str, torch.Tensor] | None,
-    numbers: dict[str, Any],
-) -> None:
-    """All that training needs to go on as if it had never stopped (its randomness is a function of the step)."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    tensors |= {f"averaged.{name}": t for name, t in (averaged or {}).items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in state.items()}
-    save_tensors(path, tensors, numbers)
+def _refuse_others(module: torch.nn.Module, shapes: dict[str, torch.Size], where: Path | str) -> None:
+    """UserError naming the first weight of the module that is not among those of `where`, or has another shape."""
+    own = module.state_dict()
+    for name in own.keys() ^ shapes.keys():
+        side = "lacks" if name in own else "has an unknown"
+        raise UserError(f"{where} {side} weight {name}: it belongs to another model or version")
+    for name, tensor in own.items():
+        if tensor.shape != shapes[name]:
+            raise UserError(f"{where}: {name} is {tuple(shapes[name])}, the config needs {tuple(tensor.shape)}")
 
 
-def load_training(
-    path: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averaged: dict[str, torch.Tensor] | None,
-) -> dict[str, Any]:
-    """Put back what save_training wrote; returns its numbers."""
+@dataclass(frozen=True)
+class Training:
+    """What a run goes on from: all of it, as its randomness is a function of the step."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    averaged: dict[str, torch.Tensor] | None  # EMA of the weights
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """name -> tensor, in place: model.NAME, averaged.NAME and optimizer.NAME.STATE for every parameter's NAME."""
+        found = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        found |= {f"averaged.{name}": t for name, t in (self.averaged or {}).items()}
+        for name, parameter in self.model.named_parameters():
+            for key, t in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer.{name}.{key}"] = t
+        return found
+
+    def prepare(self, shapes: dict[str, torch.Size], where: Path) -> None:
+        """Make room for the tensors of checkpoint `where`, given their names and shapes: the optimizer gets an empty
+        state for each parameter that has one there. UserError if it is another model's."""
+        model = {name.removeprefix("model."): size for name, size in shapes.items() if name.startswith("model.")}
+        _refuse_others(self.model, model, where)
+        stateful = {name.partition(".")[2].rpartition(".")[0] for name in shapes if name.startswith("optimizer.")}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * 0  # this step moves no weight
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = torch.zeros_like(parameter) if name in stateful else None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def save_training(folder: Path, training: Training, numbers: dict[str, Any], sharded: bool) -> None:
+    """Write a checkpoint; the one before stays until the new one is whole. `numbers` holds "step", and is json.
+
+    By the main rank alone into checkpoint.safetensors; or, `sharded`, by every rank its own part into a folder
+    checkpoint-STEP/ of safetensors files (torch.distributed.checkpoint; all ranks must call).
+    """
+    name = f"checkpoint-{numbers['step']:09d}" if sharded else "checkpoint.safetensors"
+    before = [path for path in checkpoints(folder) if path.name != name]
+    if sharded:
+        _save_shards(folder / name, training.tensors(), numbers)
+    elif ranks.is_main():
+        save_tensors(folder / name, training.tensors(), numbers)
+    if ranks.is_main():
+        for path in before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def load_training(folder: Path, training: Training) -> dict[str, Any] | None:
+    """Put the newest checkpoint back, on as many ranks as there are now; returns its numbers, None if there is none."""
+    found = max(((_numbers(path)["step"], str(path)) for path in checkpoints(folder)), default=None)
+    found = ranks.broadcast(found)
+    if not found:
+        return None
+    path = Path(found[1])
+    if path.is_dir():
+        _load_shards(path, training)
+        return _numbers(path)
     tensors, numbers = load_tensors(path)
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    load_weights(model, part("model."), path)
-    for name, tensor in part("averaged.").items():
-        averaged[name].copy_(tensor)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in part("optimizer.").items():
-        i, key = name.split(".", 1)
-        state.setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    training.prepare({name: t.shape for name, t in tensors.items()}, path)
+    with torch.no_grad():
+        for name, target in training.tensors().items():
+            copy_whole(tensors[name], target)
     return numbers
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder."""
+    return sorted(p for p in folder.glob("checkpoint*") if p.name == "checkpoint.safetensors" or p.is_dir())
+
+
+def _numbers(path: Path) -> dict[str, Any]:
+    """The numbers that a checkpoint was saved with."""
+    try:
+        if path.is_dir():
+            return json.loads((path / "numbers.json").read_text())
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["json"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint ({error}); remove it to start again") from error
+
+
+def _save_shards(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    temporary = path.with_name(".checkpoint.tmp")
+    if ranks.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    ranks.barrier()
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(_rows(tensors), storage_writer=writer)
+    except dcp.CheckpointException as error:  # on every rank, whichever it was that could not write
+        raise UserError(f"cannot write {path}: {_cause(error)}") from error
+    if ranks.is_main():
+        files = {file.name: file.stat().st_size for file in temporary.iterdir()}
+        write_file(temporary / "numbers.json", json.dumps(numbers | {"files": files}).encode())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    ranks.barrier()
+
+
+def _load_shards(path: Path, training: Training) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    # reads safetensors headers; the default reader would unpickle a file that anybody may have written
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    try:
+        for name, size in _numbers(path)["files"].items():
+            if (path / name).stat().st_size != size:
+                raise OSError(f"{name} is cut short")
+        found = reader.read_metadata().state_dict_metadata
+        own = {f"model.{name}": t for name, t in training.model.state_dict().items()}
+        shapes = {n: own[n].shape if n in own and own[n].ndim == 0 else item.size for n, item in found.items()}
+        training.prepare(shapes, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a single process may read what several have written
+            dcp.load(_rows(training.tensors()), storage_reader=reader)
+    except (OSError, SafetensorError, KeyError, dcp.CheckpointException) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint ({_cause(error)}); remove it to start again") from error
+
+
+def _cause(error: Exception) -> str:
+    """The first rank's reason, in one line."""
+    failures = getattr(error, "failures", None)
+    return str(next(iter(failures.values()))[0] if failures else error).splitlines()[0]
+
+
+def _rows(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Single numbers as rows of one: safetensors cuts slices out of what it reads, and those have none."""
+    return {name: t.detach().view(1) if t.ndim == 0 else t.detach() for name, t in tensors.items()}

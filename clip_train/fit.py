@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,19 @@ import torch
 from torch import nn
 
 from clip_train import ranks
-from clip_train.checkpoint import load_training, save_training
+from clip_train.checkpoint import Training, load_training, save_training
+from clip_train.ema import Average
 from clip_train.folder import write_file
+from clip_train.gradients import Batch, LossFunction, RowsLoss, make_gradients, unchanged_buffers
+from clip_train.parallel import KINDS, Team, is_sharded
+from clip_train.precision import PRECISIONS, LossScale, autocast, resolved_precision
 from clip_train.settings import Interrupted, Progress, UserError
+from clip_train.steplog import OnLog, StepLog
 
-Batch = dict[str, torch.Tensor]
 # batches(k) yields the batches of steps k, k+1, ...; the batch of a step depends on nothing but the step.
 Batches = Callable[[int], Iterator[Batch]]
-# loss_fn(model, batch, rng) -> (scalar loss, numbers to log)
-LossFunction = Callable[[nn.Module, Batch, torch.Generator], tuple[torch.Tensor, dict[str, Any]]]
+# validate(model, step) -> numbers; on every rank, the model in eval mode and with averaged weights, if there are any
+Validate = Callable[[nn.Module, int], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +48,14 @@ class FitConfig:
     beta2: float = 0.98
     clip_norm: float = 1.0  # gradients are scaled down to this norm
     ema: float = 0.0  # decay of the averaged weights; 0: none
-    accumulate: int = 1  # parts a batch is cut into, to fit the memory; CLIP tells apart the pairs of one part only
-    precision: str = "auto"  # fp32, bf16, or auto: bf16 where the hardware multiplies it
+    accumulate: int = 1  # parts a batch is cut into, to fit the memory; CLIP still tells all of its pairs apart
+    precision: str = "auto"  # fp32, bf16, fp16 (CUDA only), or auto: bf16 where the hardware multiplies it
+    parallel: str = "ddp"  # under torchrun: ddp, a copy of the model on each rank, or fsdp, a part of each weight
     compile: bool = False  # torch.compile
     seed: int = 0
     save_every: float = 60.0  # seconds between checkpoints
     log_every: int = 10  # steps between lines of metrics.jsonl
+    validate_every: int = 0  # steps between validations, and one at the end; 0: none
 
     def __post_init__(self) -> None:
         if self.steps <= 0 and self.minutes <= 0:
@@ -58,11 +64,14 @@ class FitConfig:
             raise UserError(f"steps = {self.steps} and minutes = {self.minutes:g} contradict each other; set one to 0")
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"precision {self.precision!r} must be auto, fp32 or bf16")
-        for name, low in (("seed", 0), ("weight_decay", 0), ("log_every", 1), ("min_lr", 0), ("warmup", 0), ("ema", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
+        for name, known in (("precision", PRECISIONS), ("parallel", KINDS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
+        for name in ("seed", "weight_decay", "min_lr", "warmup", "ema", "validate_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 0")
+        if self.log_every < 1:
+            raise UserError(f"log_every {self.log_every} must be at least 1")
         if not self.lr > 0 or not self.clip_norm > 0 or self.warmup > 1 or self.ema >= 1:
             raise UserError(f"lr {self.lr}, clip_norm {self.clip_norm} must be above 0, ema below 1, warmup at most 1")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -82,91 +91,96 @@ class FitResult:
 def fit(
     model: nn.Module,
     batches: Batches,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | RowsLoss,
     config: FitConfig,
     folder: Path,
     *,
     device: torch.device | str = "cpu",
     on_progress: Progress | None = None,
     after_step: Callable[[], None] | None = None,
+    lr_scales: Mapping[str, float] | None = None,
+    on_log: OnLog | None = None,
+    validate: Validate | None = None,
 ) -> FitResult:
     """Train `model` in place; write metrics.jsonl and checkpoints into `folder`; go on from the checkpoint found there.
 
-    `loss_fn` must reach the model only by calling it (it may be wrapped for several devices). `after_step` runs after
-    each update, e.g. to clamp a parameter. Raises UserError, naming the step, when a gradient is not finite.
+    `loss_fn` must reach the model only by calling what it is given (a wrapper, with several ranks). `after_step` runs
+    after each update, e.g. to clamp a parameter (with fsdp only single numbers: other weights come back at the end).
+    `lr_scales`: parameter name -> factor on the learning rate. `on_log` gets each line of metrics.jsonl. The numbers
+    of `validate` are logged as val_NAME; training goes on as if it had not been called.
+    Raises UserError, naming the step, when a gradient is not finite.
     """
     device = torch.device(device)
     if config.batch_size % (ranks.world_size() * config.accumulate):
         shares = f"{ranks.world_size()} ranks x accumulate {config.accumulate}"
         raise UserError(f"batch_size {config.batch_size} must be a multiple of {shares}")
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
-    )
-    averaged = {n: t.detach().clone() for n, t in model.state_dict().items()} if config.ema else None
-    runner = _wrapped(model, config, device)
+    scale = LossScale(resolved_precision(config.precision, device) == "fp16")
+    team = Team(model, config.parallel, device, config.compile)
+    groups = parameter_groups(team.model, config.weight_decay, lr_scales)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    average = Average(team.model, config.ema) if config.ema else None
+    training = Training(team.model, optimizer, average.tensors if average else None)
 
-    def micro_losses(batch: Batch, step: int) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-        rng = _seed_step(config.seed, step, device)
-        batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        for part in _parts(batch, config.accumulate):
-            with autocast(config.precision, device):
-                yield loss_fn(runner, part, rng)
+    def gradients(batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        how = {"accumulate": config.accumulate, "precision": config.precision, "seed": config.seed}
+        return make_gradients(team, loss_fn, batch, **how, step=step, factor=scale.factor)
 
     if not config.steps:
-        config = replace(config, steps=_steps_in_budget(model, micro_losses, batches, config, folder), minutes=0.0)
-    step, seconds = 0, 0.0
-    checkpoint = folder / "checkpoint.safetensors"
-    if checkpoint.exists():
-        numbers = load_training(checkpoint, model, optimizer, averaged)
-        step, seconds = numbers["step"], numbers["seconds"]
-    log = _MetricsFile(folder / "metrics.jsonl", step)
+        config = replace(config, steps=_steps_in_budget(team.model, gradients, batches, config, folder), minutes=0.0)
+    step, seconds, kept = 0, 0.0, -1  # kept: step of the checkpoint
+    if found := load_training(folder, training):
+        step, seconds, kept = found["step"], found["seconds"], found["step"]
+        scale.load(found["scale"])
+    log = StepLog(folder / "metrics.jsonl", step, on_log)
     started, saved = time.monotonic() - seconds, time.monotonic()
 
     def save() -> None:
-        if ranks.is_main():
-            numbers = {"step": step, "seconds": time.monotonic() - started}
-            save_training(checkpoint, model, optimizer, averaged, numbers)
+        numbers = {"step": step, "seconds": time.monotonic() - started, "scale": scale.numbers()}
+        save_training(folder, training, numbers, team.sharded)
 
     stream = batches(step) if step < config.steps else iter(())
     with _signals() as came:
         while step < config.steps:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+                group["lr"] = learning_rate(step, config) * group["lr_scale"]
 
-            total, logged = torch.zeros((), device=device), {}
-            for i, (loss, numbers) in enumerate(micro_losses(next(stream), step)):
-                with _no_sync(runner, i + 1 < config.accumulate):
-                    (loss / config.accumulate).backward()
-                total += loss.detach() / config.accumulate
-                logged = numbers
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            if not math.isfinite(norm + total):
+            loss, numbers = gradients(next(stream), step)
+            norm = team.clip(config.clip_norm, scale.factor)
+            loss = ranks.total(loss) / ranks.world_size()
+            finite = math.isfinite(norm + loss)
+            if not scale.update(finite):
                 raise UserError(
-                    f"training broke at step {step}: loss {float(total):.4g}, gradient norm {float(norm):.4g}; "
+                    f"training broke at step {step}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; "
                     f"lower the learning rate (lr {config.lr:g}) or use precision fp32, and remove {folder}/"
                 )
 
-            optimizer.step()
+            if finite:
+                optimizer.step()
+                if after_step:
+                    after_step()
             optimizer.zero_grad(set_to_none=True)
-            if after_step:
-                after_step()
+            team.share_statistics()
             step += 1
-            if averaged:
-                _average(averaged, model.state_dict(), min(config.ema, step / (step + 9)))
+            if average:
+                average.update(team.model, step)
 
-            if step % config.log_every == 0 or step == config.steps:
-                log.write(step=step, loss=total, lr=learning_rate(step - 1, config), norm=norm, **logged)
+            last = step == config.steps
+            if finite and (step % config.log_every == 0 or last):
+                log.write(step=step, loss=loss, lr=learning_rate(step - 1, config), norm=norm, **numbers)
+            if validate and config.validate_every and (step % config.validate_every == 0 or last):
+                log.write(step=step, **_validated(validate, team, average, config, step))
             if on_progress and ranks.is_main():
-                on_progress(step, config.steps, loss=float(total))
-            stopping = ranks.broadcast(came[0] if came else 0) if ranks.world_size() > 1 else came and came[0]
-            if stopping or (time.monotonic() - saved > config.save_every and step < config.steps):
+                on_progress(step, config.steps, loss=float(loss))
+            stopping, due = _agreed(came, time.monotonic() - saved > config.save_every, device)
+            if stopping or (due and not last):
                 save()
                 saved = time.monotonic()
             if stopping:
                 raise Interrupted(stopping, step)
 
-    save()
+    if step != kept:
+        save()
+    averaged = team.finish(training.averaged)
     return FitResult(config.steps, time.monotonic() - started, log.recent_loss(), averaged)
 
 
@@ -179,131 +193,74 @@ def learning_rate(step: int, config: FitConfig) -> float:
     return config.lr * (config.min_lr + (1 - config.min_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; gains, biases, scalars, lookup tables and positions do not."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; gains, biases, scalars, lookup tables and positions do not. Each group has one factor
+    on the learning rate, "lr_scale": that of its parameters' names, 1 for those not named."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    tables |= {id(p) for name, p in model.named_parameters() if name.endswith("positional_embedding")}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
-    plain = [p for p in trained if p.ndim < 2 or id(p) in tables]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim >= 2 and id(p) not in tables and not name.endswith("positional_embedding")
+            scale = (lr_scales or {}).get(name, 1.0)
+            group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+            # fused AdamW takes sharded and whole parameters, but not mixed
+            groups.setdefault((not decays, scale, is_sharded(p)), group)["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 autocast when `precision` says so: "bf16", or "auto" on hardware that multiplies bf16 natively."""
-    bf16 = resolved_precision(precision, device) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+def _agreed(came: list[int], due: bool, device: torch.device) -> tuple[int, bool]:
+    """For all ranks alike: a signal that any of them got, 0 for none, and whether the main rank wants to save."""
+    if ranks.world_size() == 1:
+        return came[0] if came else 0, due
+    flags = [signal.SIGINT in came, signal.SIGTERM in came, due and ranks.is_main()]
+    interrupt, terminate, save = ranks.total(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()
+    return signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0, bool(save)
 
 
-def resolved_precision(precision: str, device: torch.device) -> str:
-    """ "auto" as what it comes to on this hardware: "bf16" or "fp32"."""
-    if precision != "auto":
-        return precision
-    return "bf16" if _multiplies_bf16(device) else "fp32"
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
-def _wrapped(model: nn.Module, config: FitConfig, device: torch.device) -> nn.Module:
-    """The model as loss_fn sees it: synchronised over ranks under torchrun, compiled if asked for."""
-    if ranks.world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    return torch.compile(model) if config.compile else model
-
-
-def _no_sync(runner: nn.Module, hold: bool) -> contextlib.AbstractContextManager:
-    return runner.no_sync() if hold and hasattr(runner, "no_sync") else contextlib.nullcontext()
-
-
-def _seed_step(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Seed torch's own generators (dropout) and make one for the loss, both from (seed, step, rank)."""
-    number = ((seed * 1_000_003 + step) * 1_000_003 + ranks.rank()) % 2**63
-    torch.manual_seed(number)
-    return torch.Generator(device).manual_seed(number ^ 0x5DEECE66D)
-
-
-def _parts(batch: Batch, count: int) -> Iterator[Batch]:
-    if count == 1:
-        yield batch
-        return
-    cut = {name: t.chunk(count) for name, t in batch.items()}
-    for i in range(count):
-        yield {name: parts[i] for name, parts in cut.items()}
-
-
-@torch.no_grad()
-def _average(averaged: dict[str, torch.Tensor], current: dict[str, torch.Tensor], decay: float) -> None:
-    floating = [n for n, t in current.items() if t.is_floating_point()]
-    torch._foreach_lerp_([averaged[n] for n in floating], [current[n] for n in floating], 1 - decay)
-    for name in current.keys() - set(floating):
-        averaged[name].copy_(current[name])
+def _validated(
+    validate: Validate, team: Team, average: Average | None, config: FitConfig, step: int
+) -> dict[str, float]:
+    """validate()'s numbers as val_NAME; weights, modes and random numbers are afterwards what they were."""
+    modes = {module: module.training for module in team.model.modules()}
+    swapped = average.in_place_of_weights(team.model) if average else contextlib.nullcontext()
+    cuda = [team.device] if team.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.no_grad(), swapped, team.assembled():
+        team.model.eval()
+        try:
+            with autocast(config.precision, team.device):
+                numbers = validate(team.model, step)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    return {f"val_{name}": value for name, value in numbers.items()}
 
 
 def _steps_in_budget(
     model: nn.Module,
-    micro_losses: Callable[[Batch, int], Iterator[tuple[torch.Tensor, dict[str, Any]]]],
+    gradients: Callable[[Batch, int], tuple[torch.Tensor, dict[str, Any]]],
     batches: Batches,
     config: FitConfig,
     folder: Path,
 ) -> int:
     """How many steps fit into config.minutes: timed once on real batches, then kept in steps.json for every resume."""
     record = folder / "steps.json"
-    if not record.exists():
-        before = {name: t.clone() for name, t in model.state_dict().items()}
+    if not ranks.broadcast(record.exists()):
         stream, times = batches(0), []
         for step in range(10):  # on every rank alike: the gradients of wrapped models meet
             tick = time.monotonic()
-            for loss, _ in micro_losses(next(stream), step):
-                loss.backward()
-            float(loss.detach())  # a GPU has finished only when asked for a number
+            with unchanged_buffers(model):
+                loss, _ = gradients(next(stream), step)
+            float(loss)  # a GPU has finished only when asked for a number
             model.zero_grad(set_to_none=True)
             times.append(time.monotonic() - tick)
-        model.load_state_dict(before)  # running statistics moved
         # the median without the first, slow steps; 1.08 for the optimizer, logging and checkpoints
         step_seconds = sorted(times[3:])[3] * 1.08
         if ranks.is_main():
             steps = max(1, int(config.minutes * 60 / step_seconds))
             write_file(record, json.dumps({"steps": steps, "step_seconds": step_seconds}).encode())
-    ranks.barrier()
-    return json.loads(record.read_text())["steps"]
-
-
-class _MetricsFile:
-    """metrics.jsonl: one line per logged step; lines after the checkpoint that a run resumes from are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self._recent: list[float] = []
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError, KeyError):
-                    entry = json.loads(line)
-                    if entry["step"] <= step:
-                        kept.append(line)
-                        self._recent.append(entry["loss"])
-        self._path = path if ranks.is_main() else None
-        if self._path:
-            write_file(path, "".join(f"{line}\n" for line in kept).encode())
-
-    def write(self, **numbers: Any) -> None:
-        short = {name: value if name == "step" else float(f"{float(value):.6g}") for name, value in numbers.items()}
-        self._recent.append(short["loss"])
-        if self._path:
-            with open(self._path, "a") as file:
-                file.write(json.dumps(short) + "\n")
-
-    def recent_loss(self) -> float:
-        last = self._recent[-max(1, len(self._recent) // 10) :]
-        return sum(last) / len(last) if last else math.nan
+    return ranks.broadcast(json.loads(record.read_text())["steps"] if ranks.is_main() else 0)
 
 
 @contextlib.contextmanager

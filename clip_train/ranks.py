@@ -1,8 +1,11 @@
 """One process or many: what the training code needs to know about torchrun's ranks."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -70,21 +73,106 @@ def broadcast(value: object) -> object:
     return box[0]
 
 
+def from_main(work: Callable[[], Any]) -> Any:
+    """What work() returns on the main rank, which alone calls it, told to every rank; so is a UserError it raises.
+
+    Otherwise the others would wait for a main rank that has ended.
+    """
+    answer, failure = None, None
+    if is_main():
+        try:
+            answer = work()
+        except UserError as error:
+            failure = error
+    answer, reason = broadcast((answer, None if failure is None else str(failure)))
+    if reason is not None:
+        raise failure or UserError(reason)
+    return answer
+
+
 def open_workspace(*arguments: Any, **named: Any) -> Workspace:
     """Workspace.open on the main rank; the others see the same paths and publish nothing."""
-    work = Workspace.open(*arguments, **named) if is_main() else None
-    out, path, done = broadcast((work.out, work.path, work.done) if work else None)
-    return work or Workspace(out, path, {}, done, None)
+    opened: list[Workspace] = []
+
+    def work() -> tuple[Any, ...]:
+        opened.append(Workspace.open(*arguments, **named))
+        return opened[0].out, opened[0].path, opened[0].done
+
+    out, path, done = from_main(work)
+    return opened[0] if opened else Workspace(out, path, {}, done, None)
+
+
+def total(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's `numbers`, on every rank; no gradient flows."""
+    if world_size() > 1:
+        numbers = numbers.clone()
+        dist.all_reduce(numbers)
+    return numbers
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """(B, ...) of every rank, stacked in rank order to (world B, ...); gradients flow back to each row's own rank."""
-    if world_size() == 1:
-        return rows
-    if not rows.requires_grad:
+    return _GatherRows.apply(rows) if world_size() > 1 else rows
+
+
+def pass_on(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors of the next rank in the ring, while ours go to the one before; gradients travel back the same way."""
+    return _PassOn.apply(*tensors) if world_size() > 1 else tensors
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End this process: the last thing that a program started by torchrun does, however it went.
+
+    Python's finalisers are left out, because threads of gloo and autograd may still want the interpreter while it goes
+    away (SIGABRT after the work was done). Files must be closed by now. A rank that did well waits for the others,
+    so that nobody loses the process that holds the rendezvous; a rank that failed waits for nobody.
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    if code == 0:
+        with contextlib.suppress(RuntimeError):  # another rank failed meanwhile, and says so itself
+            dist.barrier()
+            dist.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         out = [torch.empty_like(rows) for _ in range(world_size())]
         dist.all_gather(out, rows.contiguous())
         return torch.cat(out)
-    import torch.distributed.nn.functional as differentiable
 
-    return torch.cat(differentiable.all_gather(rows.contiguous()))
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return total(gradient.contiguous()).chunk(world_size())[rank()]
+
+
+class _PassOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(True)
+        out = _exchange(tensors, to=rank() - 1, source=rank() + 1)
+        ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
+        ctx.differentiable = [t.is_floating_point() for t in out]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        back = iter(
+            _exchange([g for g, yes in zip(gradients, ctx.differentiable, strict=True) if yes], rank() + 1, rank() - 1)
+        )
+        return tuple(next(back) if yes else None for yes in ctx.differentiable)
+
+
+def _exchange(tensors: Sequence[torch.Tensor], to: int, source: int) -> tuple[torch.Tensor, ...]:
+    """Send tensors to one rank and receive as many of the same shapes from another, all at once."""
+    out = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+    sends = [dist.P2POp(dist.isend, t.contiguous(), to % world_size()) for t in tensors]
+    receives = [dist.P2POp(dist.irecv, t, source % world_size()) for t in out]
+    for work in dist.batch_isend_irecv(sends + receives):
+        work.wait()
+    return out

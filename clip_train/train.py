@@ -1,23 +1,31 @@
 """Train CLIP: shards + model + loss -> fit -> a clip/ folder."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from clip_train import ranks
-from clip_train.augment import augment
-from clip_train.fit import Batch, FitConfig, fit
+from clip_train import ranks, zeroshot
+from clip_train.captions import check_mix
+from clip_train.check import quick_check
+from clip_train.estimate import estimate
+from clip_train.evaluate import Validation
+from clip_train.feed import Feed, as_input, open_sources
+from clip_train.fit import FitConfig, fit
 from clip_train.folder import Input, Manifest
-from clip_train.loss import contrastive_loss, same_caption
+from clip_train.gradients import Batch
+from clip_train.lora import add_lora, merge_lora
 from clip_train.model import Clip, preprocess_config
-from clip_train.pictures import Batches, Pictures
-from clip_train.settings import Progress, UserError, config_to_json
-from clip_train.shards import ShardSet
+from clip_train.objective import LOSSES, ClipObjective
+from clip_train.settings import Progress, UserError, config_to_json, override
+from clip_train.track import curves, open_trackers
+from clip_train.watch import Watcher
+
+SIGMOID_START = {"init_logit_scale": float(np.log(10)), "init_logit_bias": -10.0}  # arXiv 2303.15343, section 3.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +39,44 @@ class ClipConfig:
     text_layers: int = 2
     text_heads: int = 4
     context_length: int = 32  # tokens of a caption that are read, start and end included
+    init: str = (
+        ""  # start from a clip/ folder or an open_clip tag (ViT-B-32:openai); the model's fields above are its own
+    )
+    lock: str = ""  # "image" or "text": this tower stays as it is (LiT)
+    unlocked_groups: int = 0  # last blocks of the locked tower that train all the same
+    lora_rank: int = 0  # above 0: train low-rank changes of the weights only, merged into them at the end
+    lora_alpha: float = 16.0  # the changes are scaled by alpha / rank
+    layer_decay: float = 1.0  # each block's learning rate is the next one's times this
+    patch_dropout: float = 0.0  # share of a ViT's patches left out while training
+    checkpointing: bool = False  # make activations again in the backward pass: slower, less memory
+    loss: str = "infonce"  # or "siglip"
+    smoothing: float = 0.0  # share of infonce's targets that is spread evenly over the batch
+    teacher: str = ""  # a clip/ folder or open_clip tag that is imitated
+    distill: float = 0.0  # share of the imitation in the loss
+    caption_mix: tuple[float, ...] = ()  # weights of a sample's 1st, 2nd, ... caption; the last for all further ones
     augment: float = 1.0  # strength of the random moves of a picture, see augment.py
     label_field: str = "label"  # json field of a sample whose equal values are right answers for each other
     workers: int = 0  # processes that read and decode, when the pictures do not fit the cache
     cache_gb: float = 2.0  # pictures are decoded once and kept as bytes, if they fit
+    shuffle: int = 2048  # samples among which streamed ones are shuffled; those of local shards are, over all
+    skip_broken: bool = False  # pass over what is left of a streamed shard that stays broken, instead of stopping
+    watch_every: int = 50  # steps between looks at the rows' health, see watch.py; 0: never
+
+    def __post_init__(self) -> None:
+        check_mix(self.caption_mix)
+        if self.lock not in ("", "image", "text"):
+            raise UserError(f"lock {self.lock!r} must be image, text or nothing")
+        if self.lock and not self.init:
+            raise UserError(f"lock={self.lock} keeps a tower as it is, so it needs one worth keeping: --init")
+        if self.lora_rank and not self.init:
+            raise UserError(f"lora_rank={self.lora_rank} changes given weights a little, so it needs some: --init")
+        if self.loss not in LOSSES:
+            raise UserError(f"loss {self.loss!r} must be {' or '.join(LOSSES)}")
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.patch_dropout < 1 or self.lora_rank < 0:
+            raise UserError(
+                f"layer_decay {self.layer_decay:g} must be in (0, 1], patch_dropout {self.patch_dropout:g} in [0, 1), "
+                f"lora_rank {self.lora_rank} at least 0"
+            )
 
     def model_config(self) -> dict[str, Any]:
         """open_clip's model_cfg."""
@@ -48,6 +90,7 @@ class ClipConfig:
                 "heads": self.text_heads,
                 "layers": self.text_layers,
             },
+            **(SIGMOID_START if self.loss == "siglip" else {}),
         }
 
 
@@ -61,15 +104,17 @@ class Preset:
 
 
 PRESETS = {
+    # python benchmarks/clip_quality.py --preset tiny, 14,319 emoji, 40 minutes of one core: see benchmarks/results/
     "tiny": Preset(
         "CPU, minutes: convolutional tower at 48 px, one-layer text tower",
         ClipConfig(
             vision={"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"},
             image_size=48,
-            text_width=512,
+            text_width=256,
             text_layers=1,
-            text_heads=8,
+            text_heads=4,
             context_length=24,
+            smoothing=0.2,
         ),
         FitConfig(minutes=20.0, batch_size=256, lr=2e-3, weight_decay=0.5, ema=0.99),
     ),
@@ -118,128 +163,249 @@ PRESETS = {
 }
 
 
+def dry_run(
+    shards: Sequence[str | Path],
+    config: ClipConfig,
+    fit_config: FitConfig,
+    *,
+    allow_http: bool = False,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """What train_clip would take, see estimate.estimate(); nothing is trained or written."""
+    place, sources = ranks.pick_device(device), open_sources(shards, allow_http=allow_http)
+    clip, teacher = build(config), Clip.pretrained(config.teacher) if config.teacher else None
+    known = [source.samples for source in sources if source.samples is not None]
+    some = [samples.captions(i)[0] for samples in known for i in range(0, len(samples), -(-len(samples) // 200))]
+    length = round(float(clip.tokenize(some).argmax(1).float().mean())) + 1 if some else None
+    return estimate(
+        clip,
+        config,
+        fit_config,
+        place,
+        teacher=teacher,
+        pairs=sum(map(len, known)) if len(known) == len(sources) else None,
+        caption_tokens=length,
+    )
+
+
+def build(config: ClipConfig, seed: int = 0) -> Clip:
+    """The CLIP that training starts from: fresh, or `init`; towers locked, low-rank changes put in, as configured."""
+    torch.manual_seed(seed)
+    if config.init:
+        clip = Clip.pretrained(config.init).requires_grad_(True)
+        if config.loss == "siglip" and getattr(clip.model, "logit_bias", None) is None:
+            clip = _with_bias(clip)
+    else:
+        clip = Clip(config.model_config(), preprocess_config(config.image_size))
+    if config.patch_dropout:
+        clip.set_patch_dropout(config.patch_dropout)
+    if config.checkpointing:
+        clip.set_grad_checkpointing(True)
+    if config.lock:
+        clip.lock(config.lock, config.unlocked_groups)
+    if config.lora_rank:
+        add_lora(clip, config.lora_rank, config.lora_alpha)
+    return clip
+
+
+def _with_bias(clip: Clip) -> Clip:
+    """The same weights, and SigLIP's bias and temperature as at its start."""
+    made = Clip({**clip.model_cfg, **SIGMOID_START}, clip.preprocess_cfg)
+    kept = {n: t for n, t in clip.state_dict().items() if n != "model.logit_scale"}
+    made.load_state_dict(kept, strict=False)
+    made.fingerprint = clip.fingerprint
+    return made
+
+
+class Watched:
+    """An objective whose rows a Watcher looks at now and then; its numbers are logged, its warnings passed on."""
+
+    def __init__(
+        self, objective: ClipObjective, feed: Feed, watcher: Watcher, on_warning: Callable[[str], None]
+    ) -> None:
+        self.objective, self.feed, self.watcher, self.on_warning = objective, feed, watcher, on_warning
+        self.rows = objective.rows
+        self._step = 0
+        self._seen: dict[str, float] = {}
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """The feed's batches, while their step is noted."""
+        for step, batch in enumerate(self.feed(start_step), start_step):
+            self._step = step
+            yield batch
+
+    def loss(self, rows: tuple[torch.Tensor, ...], batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The objective's; every rank looks at its own rows, the main one's numbers and warnings are shown."""
+        loss, numbers = self.objective.loss(rows, batch)
+        image, text = self.objective.last_rows
+        self.watcher.begin(image, text)
+        own, d = loss.detach(), self.objective.distill
+        if d == 1:  # imitation alone knows no chance level
+            return loss, numbers
+        if d:
+            own = (own - d * numbers["distill"]) / (1 - d)
+        ids = batch["group"], batch["caption"]
+        seen, warnings = self.watcher(
+            self._step, own, numbers["scale"], image, text, chance=float(numbers["chance"]), ids=ids
+        )
+        if ranks.is_main():
+            for line in warnings:
+                self.on_warning(line)
+        self._seen = seen or self._seen
+        return loss, numbers | self._seen
+
+
+def _watcher(clip: Clip, config: ClipConfig, fit_config: FitConfig) -> Watcher:
+    copied = fit_config.parallel == "fsdp" and ranks.world_size() > 1  # then the weights of this one stand still
+    return Watcher(
+        fit_config.batch_size,
+        kind=config.loss,
+        warmup=int(fit_config.warmup * fit_config.steps),
+        lr=fit_config.lr,
+        clip=None if copied else clip,
+        trained=bool(config.init),
+        every=max(1, config.watch_every),
+    )
+
+
+def _last(metrics: Path, prefix: str) -> dict[str, float]:
+    """The numbers whose names begin so, of the last line of metrics.jsonl that has some."""
+    for line in reversed(metrics.read_text().splitlines()):
+        found = {name: value for name, value in json.loads(line).items() if name.startswith(prefix)}
+        if found:
+            return found
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a training is checked on now and then: shards that it does not see."""
+
+    shards: str | Path
+    classnames: Sequence[str] | None = None  # for zero-shot; None: the labels, where they can serve
+    templates: Sequence[str] = zeroshot.TEMPLATES
+
+
 def train_clip(
-    shards: str | Path,
+    shards: str | Path | Sequence[str | Path],
     out: str | Path,
     config: ClipConfig,
     fit_config: FitConfig,
     *,
+    weights: Sequence[float] = (),
+    kept: Kept | None = None,
+    track: Sequence[str] = (),
+    allow_http: bool = False,
     device: str = "auto",
     on_progress: Progress | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Train a CLIP on tar shards and write a clip/ folder; run again to resume, or to find it done.
 
-    Every caption a sample has is used, one at random each time it comes round. Raises UserError on unusable input.
+    shards: one source or several, here or remote (see stream.py); weights: their shares of each batch, without them all
+    are one set. kept: what to validate on, every fit_config.validate_every steps and at the end. track: names for
+    track.open_trackers. on_warning gets a line for each thing that looks wrong (see check.py and watch.py).
+    Raises UserError on unusable input.
     """
     place = ranks.start(device)
-    samples = ShardSet(shards)
+    sources = open_sources([shards] if isinstance(shards, str | Path) else list(shards), weights, allow_http)
     settings = config_to_json(config) | {"fit": config_to_json(fit_config)}
-    work = ranks.open_workspace(out, "clip", settings, {"shards": Input(samples.fingerprint, shards)})
+    inputs = {"shards": as_input(sources)}
+    if len(sources) > 1:
+        settings["mix"] = list(weights)
+    clip, teacher = build(config, fit_config.seed), Clip.pretrained(config.teacher) if config.teacher else None
+    for name, spec, found in (("init", config.init, clip), ("teacher", config.teacher, teacher)):
+        if spec and found.fingerprint:
+            inputs[name] = Input(found.fingerprint, spec)
+    work = ranks.open_workspace(out, "clip", settings, inputs)
     if work.done:
         return work.done
 
-    torch.manual_seed(fit_config.seed)
-    clip = Clip(config.model_config(), preprocess_config(config.image_size))
-    pictures = decoded(samples, config.image_size, work.path, config.cache_gb, on_progress)
+    warn = on_warning or (lambda line: None)
+    for source, weight in zip(sources, weights or [1.0], strict=True):
+        if source.samples is not None:
+            share = int(fit_config.batch_size * weight / sum(weights or [1.0]))
+            for line in quick_check(source.samples, batch_size=share, ranks=ranks.world_size(), workers=config.workers):
+                warn(line)
     per_rank = fit_config.batch_size // ranks.world_size()
-    if per_rank // fit_config.accumulate < 2:
+    if per_rank < 2:
         raise UserError(f"batch_size {fit_config.batch_size} leaves fewer than 2 pairs to tell apart; raise it")
-    batches = CaptionedBatches(
-        Batches(pictures, per_rank, fit_config.seed, ranks.rank(), ranks.world_size(), config.workers),
-        CaptionTable(samples, clip, config.label_field),
-        fit_config.seed,
-    )
-
-    def loss_fn(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, Any]]:
-        image_emb, text_emb, scale = model(augment(batch["pixels"], config.augment, rng), batch["tokens"])
-        image_emb, text_emb = ranks.gather_rows(image_emb), ranks.gather_rows(text_emb)
-        same = same_caption(ranks.gather_rows(batch["group"]), ranks.gather_rows(batch["caption"]))
-        with torch.autocast(image_emb.device.type, enabled=False):
-            loss = contrastive_loss(image_emb, text_emb, scale, same)
-        return loss, {"chance": np.log(len(image_emb)), "scale": scale.detach()}
-
-    result = fit(
+    feed = Feed(
+        sources,
         clip,
-        batches,
-        loss_fn,
-        fit_config,
         work.path,
-        device=place,
+        batch_size=per_rank,
+        seed=fit_config.seed,
+        weights=weights,
+        label_field=config.label_field,
+        caption_mix=config.caption_mix,
+        workers=config.workers,
+        cache_gb=config.cache_gb,
+        shuffle=config.shuffle,
+        skip_broken=config.skip_broken,
+        allow_http=allow_http,
         on_progress=on_progress,
-        after_step=clip.clamp_temperature,
     )
+    objective = ClipObjective(
+        loss=config.loss,
+        augment=config.augment,
+        teacher=teacher,
+        distill=config.distill,
+        smoothing=config.smoothing,
+    )
+    watched = Watched(objective, feed, _watcher(clip, config, fit_config), warn)
+    validation = None
+    if kept:
+        names, said = kept.classnames, kept.templates
+        validation = Validation(kept.shards, clip, label_field=config.label_field, classnames=names, templates=said)
+    trackers = open_trackers(track if ranks.is_main() else (), work.path, settings)
+
+    def show(entry: dict[str, float]) -> None:
+        trackers(entry)
+        if any(name.startswith("val_") for name in entry):
+            curves(work.path)
+
+    with trackers:
+        result = fit(
+            clip,
+            watched.batches if config.watch_every else feed,
+            watched if config.watch_every else objective,
+            fit_config,
+            work.path,
+            device=place,
+            on_progress=on_progress,
+            after_step=clip.clamp_temperature,
+            lr_scales=clip.lr_scales(config.layer_decay) if config.layer_decay < 1 else None,
+            on_log=show,
+            validate=(lambda model, step: validation(model)) if validation else None,
+        )
     manifest = None
     if ranks.is_main():
-        averaged = {n.removeprefix("model."): t for n, t in (result.averaged or {}).items()}
-        clip.save(work.path, averaged)
+        if result.averaged:
+            clip.load_state_dict(result.averaged)
+        merge_lora(clip)
+        clip.save(work.path)
+        curves(work.path)
+        for url, why in feed.broken:
+            warn(f"{url} was passed over: {why}")
+        count, first = feed.bad
         summary = {
             "steps": result.steps,
             "seconds": result.seconds,
             "loss": result.loss,
-            "chance": float(np.log(fit_config.batch_size // fit_config.accumulate)),
-            "pairs": len(pictures),
+            "chance": _last(work.path / "metrics.jsonl", "chance").get("chance"),
+            "pairs": feed.pairs,
             "pairs_seen": result.steps * fit_config.batch_size,
-            "bad_pictures": len(pictures.bad),
-            "bad_first": pictures.bad[:5],
+            "bad_pictures": count,
+            "bad_first": first,
+            "validation": _last(work.path / "metrics.jsonl", "val_"),
         }
         manifest = work.publish(summary)
     return ranks.broadcast(manifest)
 
 
-def decoded(samples: ShardSet, size: int, work: Path, cache_gb: float, on_progress: Progress | None) -> Pictures:
-    """The samples' pictures, decoded once by the main rank into the work folder's scratch/ when they fit."""
-    scratch = work / "scratch"
-    if ranks.is_main():
-        scratch.mkdir(exist_ok=True)
-        pictures = Pictures(samples, size, scratch, cache_gb * 1e9, on_progress)
-    ranks.barrier()
-    return pictures if ranks.is_main() else Pictures(samples, size, scratch, cache_gb * 1e9)
-
-
-class CaptionTable:
-    """Every caption of every sample as token ids, and which samples are right answers for each other."""
-
-    def __init__(self, samples: ShardSet, clip: Clip, label_field: str = "label") -> None:
-        captions = [samples.captions(i) for i in range(len(samples))]
-        self.first = np.cumsum([0] + [len(c) for c in captions])  # (N + 1,) bounds of each sample's captions
-        tokens = clip.tokenize([caption for c in captions for caption in c])
-        self.tokens = tokens.to(torch.int32)  # (M, context)
-        ids: dict[str, int] = {}
-        self.caption = torch.tensor([ids.setdefault(c.lower(), len(ids)) for own in captions for c in own])  # (M,)
-        groups: dict[str, int] = {}
-        labels = [samples.label(i, label_field) or captions[i][0] for i in range(len(samples))]
-        self.group = torch.tensor([groups.setdefault(label.lower(), len(groups)) for label in labels])  # (N,)
-
-    def pick(self, rows: np.ndarray, uniform: np.ndarray) -> Batch:
-        """For samples `rows`, the caption that `uniform` (B,) in [0, 1) chooses: tokens, its id, the sample's group."""
-        low, high = self.first[rows], self.first[rows + 1]
-        chosen = torch.from_numpy(low + (uniform * (high - low)).astype(np.int64))
-        tokens = self.tokens[chosen].long()
-        return {"tokens": tokens, "caption": self.caption[chosen], "group": self.group[torch.from_numpy(rows)]}
-
-
-class CaptionedBatches:
-    """Batches of pictures, each with one of its captions; what a step draws depends on (seed, step) alone.
-
-    The ranks share one draw, so that several of them train on what one alone would.
-    """
-
-    def __init__(self, pictures: Batches, captions: CaptionTable, seed: int) -> None:
-        self.pictures = pictures
-        self.captions = captions
-        self.seed = seed
-
-    def __call__(self, start_step: int) -> Iterator[Batch]:
-        for step, batch in enumerate(self.pictures(start_step), start_step):
-            rows = batch.pop("row").numpy()
-            uniform = np.random.default_rng((self.seed, step)).random((ranks.world_size(), len(rows)))
-            yield batch | self.captions.pick(rows, uniform[ranks.rank()])
-
-
 def preset(name: str, pairs: Sequence[str] = ()) -> tuple[ClipConfig, FitConfig]:
     """A preset's two configs with --set pairs applied."""
-    from clip_train.settings import override
-
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
     return tuple(override([PRESETS[name].clip, PRESETS[name].fit], pairs))

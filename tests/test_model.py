@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_folder_loads_in_open_clip_and_encodes_bit_equal(folder):
+def test_the_folder_loads_in_open_clip_bit_equal_and_encodes_the_same(folder):
     import open_clip
 
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -41,12 +41,22 @@ def test_the_folder_loads_in_open_clip_and_encodes_bit_equal(folder):
     with torch.no_grad():
         theirs = model.encode_image(transform(picture)[None], normalize=True)
         assert torch.allclose(clip.encode_image(pixels), theirs, atol=2e-6)
-        # bit equal when both get the same tensor and the same attention kernel
-        plain = (pixels - clip.mean) / clip.std
-        assert torch.equal(clip.model.encode_image(plain), model.encode_image(plain))
         assert torch.allclose(
             clip.encode_text(CAPTIONS), model.encode_text(tokenizer(CAPTIONS), normalize=True), atol=2e-6
         )
+
+
+def test_convolutional_towers_encode_as_in_open_clip(tmp_path):
+    import open_clip
+
+    vision = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+    clip = Clip({**TINY, "vision_cfg": vision}, preprocess_config(32))
+    clip.save(tmp_path)
+    model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        theirs = model.encode_image((pixels - clip.mean) / clip.std, normalize=True)
+    assert torch.allclose(Clip.load(tmp_path).encode_image(pixels), theirs, atol=1e-5)
 
 
 def test_embeddings_are_unit_rows_of_the_space(folder):
@@ -81,6 +91,90 @@ def test_the_temperature_is_clamped_at_one_hundredth(folder):
     clip.model.logit_scale.data.fill_(9.0)
     clip.clamp_temperature()
     assert clip.model.logit_scale.exp().item() == pytest.approx(100)
+
+
+def test_a_model_with_a_bias_returns_it_and_keeps_it_in_its_folder(tmp_path):
+    clip = Clip({**TINY, "init_logit_bias": -10.0, "init_logit_scale": 0.0}, preprocess_config(32))
+    image, text, scale, bias = clip(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), clip.tokenize(["a", "b"]))
+    assert bias.item() == -10 and scale.item() == 1 and bias.shape == scale.shape == ()
+    bias.backward()
+    assert clip.model.logit_bias.grad.item() == 1
+    clip.save(tmp_path)
+    assert Clip.load(tmp_path).model.logit_bias.item() == -10
+    import open_clip
+
+    assert open_clip.create_model(f"local-dir:{tmp_path}").logit_bias.item() == -10
+
+
+@pytest.fixture
+def listed(monkeypatch, tmp_path):
+    """open_clip's list with weights "here" for a model "tiny-vit", whose file lies in tmp_path, and "away", nowhere."""
+    import open_clip
+
+    torch.manual_seed(1)
+    model = open_clip.CLIP(**TINY, quick_gelu=True)
+    torch.save(model.state_dict(), tmp_path / "weights.bin")
+    here = {"file": str(tmp_path / "weights.bin"), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    here |= {"interpolation": "bicubic", "resize_mode": "shortest", "quick_gelu": True}
+    tags = {"here": here, "away": here | {"file": None}, "squash": here | {"resize_mode": "squash"}}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-vit", TINY)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", tags)
+    return model
+
+
+def test_weights_of_open_clips_list_become_a_clip_with_their_own_preprocessing(listed, tmp_path):
+    clip = Clip.pretrained("tiny-vit:here")
+    for name, tensor in listed.state_dict().items():
+        assert torch.equal(clip.model.state_dict()[name], tensor), name
+    assert all(p.requires_grad for p in clip.parameters()) and not clip.training
+    assert clip.preprocess_cfg["mean"] == [0.5, 0.5, 0.5] and clip.image_size == 32
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():  # quick GELU, as these weights were trained
+        theirs = listed.eval().encode_image((pixels / 255 - 0.5) / 0.25, normalize=True)
+    assert torch.allclose(clip.encode_image(pixels), theirs, atol=1e-5)
+    (tmp_path / "clip").mkdir()
+    clip.save(tmp_path / "clip")
+    again = Clip.pretrained(tmp_path / "clip")
+    assert torch.equal(again.encode_image(pixels), clip.encode_image(pixels)) and again.fingerprint != ""
+    assert Clip.pretrained(f"local-dir:{tmp_path / 'clip'}").fingerprint == again.fingerprint
+
+
+def test_weights_that_cannot_be_had_are_refused_in_one_line(listed, tmp_path, monkeypatch):
+    import open_clip
+
+    with pytest.raises(UserError, match="no weights 'there' for tiny-vit; there are: here, away, squash"):
+        Clip.pretrained("tiny-vit:there")
+    with pytest.raises(UserError, match="no weights for a model 'ViT-B-23'.*ViT-B-32"):
+        Clip.pretrained("ViT-B-23:openai")
+    with pytest.raises(UserError, match="nowhere/ does not exist; give a clip/ folder, or"):
+        Clip.pretrained("nowhere")
+    with pytest.raises(UserError, match="this model wants bicubic, squash"):
+        Clip.pretrained("tiny-vit:squash")
+    with pytest.raises(UserError, match="text tower that unclip does not train"):
+        Clip.pretrained("coca_ViT-B-32:laion2b_s13b_b90k")
+
+    def no_network(_):
+        raise OSError("we couldn't connect to 'https://some.host'")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
+    with pytest.raises(UserError, match="cannot fetch tiny-vit:away .*couldn't connect.*copy its cache"):
+        Clip.pretrained("tiny-vit:away")
+
+
+def test_weights_of_another_shape_than_the_list_says_are_refused_by_name(listed, tmp_path):
+    torch.save({"visual.proj": torch.zeros(2, 2)}, tmp_path / "weights.bin")
+    with pytest.raises(UserError, match="weights.bin does not hold tiny-vit:here"):
+        Clip.pretrained("tiny-vit:here")
+
+
+def test_a_model_with_another_tokenizer_is_refused_before_its_weights_are_fetched(monkeypatch):
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda _: pytest.fail("fetched"))
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "t5", TINY | {"text_cfg": {"hf_tokenizer_name": "t5"}})
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "t5", {"a": {"file": "x"}})
+    with pytest.raises(UserError, match="t5 tokenizer"):
+        Clip.pretrained("t5:a")
 
 
 def test_folders_that_hold_no_usable_model_are_refused_by_name(folder, tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -8,13 +9,14 @@ import tiny
 import torch
 
 from clip_train.evaluate import evaluate_clip
+from clip_train.feed import Feed, open_sources
 from clip_train.fit import FitConfig
 from clip_train.folder import read_manifest
 from clip_train.model import Clip, preprocess_config
-from clip_train.pictures import Batches, Pictures
+from clip_train.pictures import Pictures
 from clip_train.settings import UserError
-from clip_train.shards import ShardSet, write_shards
-from clip_train.train import PRESETS, CaptionedBatches, CaptionTable, ClipConfig, preset, train_clip
+from clip_train.shards import write_shards
+from clip_train.train import PRESETS, ClipConfig, Kept, preset, train_clip
 
 VIT = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
 CONFIG = ClipConfig(
@@ -86,32 +88,6 @@ def test_a_second_run_does_nothing_and_other_settings_or_shards_are_refused(tmp_
         train_clip(tmp_path / "more", tmp_path / "clip", CONFIG, FIT, device="cpu")
 
 
-def test_every_caption_of_a_sample_comes_round_and_its_ids_say_what_is_right(tmp_path):
-    samples = ShardSet(tiny.shards(tmp_path / "shards"))
-    clip = Clip(CONFIG.model_config(), preprocess_config(16))
-    table = CaptionTable(samples, clip)
-    rows = np.array([3] * 200)
-    drawn = table.pick(rows, np.random.default_rng(0).random(200))
-    expected = clip.tokenize(["picture number 3", "one of many"])
-    seen = {tuple(t.tolist()) for t in drawn["tokens"]}
-    assert seen == {tuple(t.tolist()) for t in expected}
-    # labels: samples 2i and 2i + 1 share one; the caption that all samples share has one id
-    assert table.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert len(table.caption.unique()) == 11
-
-
-def test_the_batch_of_a_step_is_the_same_whether_training_began_there_or_not(tmp_path):
-    samples = ShardSet(tiny.shards(tmp_path / "shards"))
-    clip = Clip(CONFIG.model_config(), preprocess_config(16))
-    batches = CaptionedBatches(Batches(Pictures(samples, 16), 4, seed=1), CaptionTable(samples, clip), seed=1)
-    from_start, from_five = batches(0), batches(5)
-    for _ in range(5):
-        next(from_start)
-    one, other = next(from_start), next(from_five)
-    assert one.keys() == {"pixels", "tokens", "caption", "group"}
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_caption_of_ten_thousand_characters_and_a_corrupt_picture_do_not_stop_training(tmp_path):
     samples = tiny.samples(10)
     samples[2] = dataclasses.replace(samples[2], captions=["word " * 2000])
@@ -170,3 +146,113 @@ def test_preset_takes_settings_for_model_and_schedule_alike():
     assert PRESETS["tiny"].clip.augment != 0.5
     with pytest.raises(UserError, match="no preset"):
         preset("huge")
+
+
+def one_step(**changes):
+    return dataclasses.replace(FIT, **{"steps": 2, **changes})
+
+
+def test_training_goes_on_from_given_weights_and_records_whose(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    train_clip(tmp_path / "shards", tmp_path / "base", CONFIG, FIT, device="cpu")
+    tuned = dataclasses.replace(CONFIG, init=str(tmp_path / "base"), layer_decay=0.5)
+    made = train_clip(tmp_path / "shards", tmp_path / "tuned", tuned, one_step(lr=1e-6), device="cpu")
+    assert made.inputs["init"]["fingerprint"] == Clip.load(tmp_path / "base").fingerprint
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "tuned")
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
+    assert 0 < max(moved.values()) < 1e-5  # the steps are tiny, so it started where the base ended
+    assert moved["visual.proj"] > 0
+
+
+def test_a_locked_tower_stays_as_it_was_and_the_other_learns(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    train_clip(tmp_path / "shards", tmp_path / "base", CONFIG, FIT, device="cpu")
+    tuned = dataclasses.replace(CONFIG, init=str(tmp_path / "base"), lock="image")
+    train_clip(tmp_path / "shards", tmp_path / "tuned", tuned, FIT, device="cpu")
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "tuned")
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("visual."))
+    assert not torch.equal(before["text_projection"], after["text_projection"])
+
+
+def test_low_rank_training_leaves_a_plain_clip_whose_matrices_moved_by_that_rank(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    train_clip(tmp_path / "shards", tmp_path / "base", CONFIG, FIT, device="cpu")
+    tuned = dataclasses.replace(CONFIG, init=str(tmp_path / "base"), lora_rank=2)
+    train_clip(tmp_path / "shards", tmp_path / "tuned", tuned, dataclasses.replace(FIT, ema=0.5), device="cpu")
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "tuned")
+    assert before.keys() == after.keys()
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    change = torch.linalg.svdvals((after[name] - before[name]).double())
+    assert change[0] > 1e-5 and change[2] < 1e-3 * change[0]
+
+
+@pytest.mark.parametrize("changes", [{"loss": "siglip"}, {"patch_dropout": 0.5}, {"checkpointing": True}])
+def test_ways_to_train_give_a_folder_that_loads(tmp_path, changes):
+    tiny.shards(tmp_path / "shards")
+    made = train_clip(tmp_path / "shards", tmp_path / "clip", dataclasses.replace(CONFIG, **changes), FIT, device="cpu")
+    assert np.isfinite(made.result["loss"]) and made.result["chance"] > 0
+    assert Clip.load(tmp_path / "clip").encode_text(["a"]).shape == (1, 32)
+    assert hasattr(Clip.load(tmp_path / "clip").model, "logit_bias") and (
+        (Clip.load(tmp_path / "clip").model.logit_bias is not None) == (changes.get("loss") == "siglip")
+    )
+
+
+def test_a_teacher_is_imitated(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    train_clip(tmp_path / "shards", tmp_path / "teacher", CONFIG, FIT, device="cpu")
+    student = dataclasses.replace(CONFIG, teacher=str(tmp_path / "teacher"), distill=1.0, augment=0.0)
+    longer = dataclasses.replace(FIT, steps=60, lr=1e-2)
+    made = train_clip(tmp_path / "shards", tmp_path / "student", student, longer, device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert "teacher" in made.inputs
+    assert lines[-1]["distill"] < lines[0]["distill"]
+
+
+def test_validation_is_logged_and_drawn_and_changes_nothing(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    train_clip(tmp_path / "shards", tmp_path / "plain", CONFIG, FIT, device="cpu")
+    checked = dataclasses.replace(FIT, validate_every=3)
+    made = train_clip(
+        tmp_path / "shards", tmp_path / "clip", CONFIG, checked, kept=Kept(shards=tmp_path / "shards"), device="cpu"
+    )
+    lines = [json.loads(line) for line in (tmp_path / "clip" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_t2i_R@1" in line] == [3, 6]
+    assert 0 <= made.result["validation"]["val_t2i_R@10"] <= 1
+    assert (tmp_path / "clip" / "curves.png").stat().st_size > 10_000
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "clip")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sources_are_mixed_in_the_shares_asked_for(tmp_path):
+    tiny.shards(tmp_path / "a")
+    other = [dataclasses.replace(s, key=f"b{n}", image=tiny.picture(100 + n)) for n, s in enumerate(tiny.samples(8))]
+    write_shards(other, tmp_path / "b")
+    sources = open_sources([tmp_path / "a", tmp_path / "b"], [3, 1])
+    clip = Clip(CONFIG.model_config(), preprocess_config(16))
+    feed = Feed(sources, clip, tmp_path, batch_size=8, seed=0, weights=[3, 1])
+    firsts = {row.numpy().tobytes() for row in Pictures(sources[0].samples, 16, fast=True).pixels(range(10))}
+    batch = next(feed(5))
+    assert sum(pixels.numpy().tobytes() in firsts for pixels in batch["pixels"]) == 6
+    made = train_clip([tmp_path / "a", tmp_path / "b"], tmp_path / "clip", CONFIG, FIT, weights=[3, 1], device="cpu")
+    assert made.config["mix"] == [3, 1] and made.result["pairs"] == 18
+    with pytest.raises(UserError, match="a weight above 0 for each of the 2"):
+        open_sources([tmp_path / "a", tmp_path / "b"], [3])
+
+
+def test_remote_shards_are_streamed(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    names = sorted((tmp_path / "shards").glob("*.tar"))
+    spec = "::".join(f"pipe:cat {name}" for name in names)
+    made = train_clip(spec, tmp_path / "clip", CONFIG, FIT, device="cpu")
+    assert made.result["pairs"] is None and made.result["steps"] == 6
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    for changes, said in (
+        ({"lock": "image"}, "needs one worth keeping: --init"),
+        ({"lora_rank": 4}, "so it needs some: --init"),
+        ({"loss": "hinge"}, "must be infonce or siglip"),
+        ({"layer_decay": 1.5}, "must be in"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dataclasses.replace(CONFIG, **changes)
