@@ -38,9 +38,18 @@ def start(device: str | torch.device = "auto") -> torch.device:
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(chosen)
-        # the main rank may decode for hours while the others wait
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        _join("nccl" if chosen.type == "cuda" else "gloo")
     return chosen
+
+
+def _join(backend: str) -> None:
+    timeout = timedelta(hours=12)  # the main rank may decode for hours while the others wait
+    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps one store through all restarts, and a rank that is early would find the address of one that
+        # died (pytorch issue 135712). Several machines do not count restarts alike: docs/training.md says what to set.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
 
 
 def rank() -> int:

@@ -19,6 +19,7 @@ from clip_train.fit import FitConfig, fit
 from clip_train.folder import Input, Manifest
 from clip_train.gradients import Batch
 from clip_train.lora import add_lora, merge_lora
+from clip_train.memory import keep_freed_memory
 from clip_train.model import Clip, preprocess_config
 from clip_train.objective import LOSSES, ClipObjective
 from clip_train.settings import Progress, UserError, config_to_json, override
@@ -192,7 +193,7 @@ def build(config: ClipConfig, seed: int = 0) -> Clip:
     """The CLIP that training starts from: fresh, or `init`; towers locked, low-rank changes put in, as configured."""
     torch.manual_seed(seed)
     if config.init:
-        clip = Clip.pretrained(config.init).requires_grad_(True)
+        clip = Clip.pretrained(config.init)
         if config.loss == "siglip" and getattr(clip.model, "logit_bias", None) is None:
             clip = _with_bias(clip)
     else:
@@ -221,9 +222,16 @@ class Watched:
     """An objective whose rows a Watcher looks at now and then; its numbers are logged, its warnings passed on."""
 
     def __init__(
-        self, objective: ClipObjective, feed: Feed, watcher: Watcher, on_warning: Callable[[str], None]
+        self,
+        objective: ClipObjective,
+        feed: Feed,
+        watcher: Watcher,
+        log_every: int,
+        on_warning: Callable[[str], None],
     ) -> None:
-        self.objective, self.feed, self.watcher, self.on_warning = objective, feed, watcher, on_warning
+        """log_every: steps between lines of the log."""
+        self.objective, self.feed, self.watcher = objective, feed, watcher
+        self.log_every, self.on_warning = log_every, on_warning
         self.rows = objective.rows
         self._step = 0
         self._seen: dict[str, float] = {}
@@ -252,7 +260,9 @@ class Watched:
             for line in warnings:
                 self.on_warning(line)
         self._seen = seen or self._seen
-        return loss, numbers | self._seen
+        if (self._step + 1) % self.log_every == 0:  # this step gets a line: what was seen goes into it, once
+            numbers, self._seen = numbers | self._seen, {}
+        return loss, numbers
 
 
 def _watcher(clip: Clip, config: ClipConfig, fit_config: FitConfig) -> Watcher:
@@ -308,6 +318,8 @@ def train_clip(
     Raises UserError on unusable input.
     """
     place = ranks.start(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     sources = open_sources([shards] if isinstance(shards, str | Path) else list(shards), weights, allow_http)
     settings = config_to_json(config) | {"fit": config_to_json(fit_config)}
     inputs = {"shards": as_input(sources)}
@@ -353,7 +365,7 @@ def train_clip(
         distill=config.distill,
         smoothing=config.smoothing,
     )
-    watched = Watched(objective, feed, _watcher(clip, config, fit_config), warn)
+    watched = Watched(objective, feed, _watcher(clip, config, fit_config), fit_config.log_every, warn)
     validation = None
     if kept:
         names, said = kept.classnames, kept.templates

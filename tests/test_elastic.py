@@ -9,7 +9,7 @@ import crew
 import torch
 
 WORKER = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
@@ -18,6 +18,8 @@ from clip_train import ranks
 
 folder = Path(sys.argv[2])
 torch.set_num_threads(1)
+if os.environ["RANK"] == "0" and (folder / "died").exists():
+    time.sleep(1)  # the other one must not look for it at its old address meanwhile
 ranks.start("cpu")
 plain = crew.batches
 

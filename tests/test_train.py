@@ -219,6 +219,7 @@ def test_validation_is_logged_and_drawn_and_changes_nothing(tmp_path):
     assert [line["step"] for line in lines if "val_t2i_R@1" in line] == [3, 6]
     assert 0 <= made.result["validation"]["val_t2i_R@10"] <= 1
     assert (tmp_path / "clip" / "curves.png").stat().st_size > 10_000
+    assert sum("gap" in line for line in lines) == 1  # the watcher looked once, at the first step
     one, other = weights(tmp_path / "plain"), weights(tmp_path / "clip")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
