@@ -17,12 +17,18 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 def main() -> None:
     """Entry point of `unclip`: a UserError is one line and exit code 2, an interrupted training exits 128 + signal."""
-    code = run()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        from clip_train.ranks import leave
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(run())
+    from clip_train.ranks import leave
 
-        leave(code)
-    sys.exit(code)
+    try:
+        code = run()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 def run() -> int:

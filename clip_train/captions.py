@@ -223,11 +223,13 @@ def caption_table(
     on_progress: Progress | None = None,
 ) -> CaptionTable:
     """The samples' CaptionTable, tokenised once by the main rank into the work folder's scratch/; for all ranks."""
-    scratch = work / "scratch"
-    if ranks.is_main():
-        table = CaptionTable(samples, clip, label_field, mix, scratch, on_progress)
-    ranks.barrier()
-    return table if ranks.is_main() else CaptionTable(samples, clip, label_field, mix, scratch)
+    scratch, made = work / "scratch", []
+
+    def make() -> None:
+        made.append(CaptionTable(samples, clip, label_field, mix, scratch, on_progress))
+
+    ranks.from_main(make)
+    return made[0] if made else CaptionTable(samples, clip, label_field, mix, scratch)
 
 
 class CaptionedBatches:

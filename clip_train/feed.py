@@ -132,9 +132,11 @@ def decoded(
 
     fast: see pictures.training_pixels.
     """
-    scratch = work / "scratch"
-    if ranks.is_main():
+    scratch, made = work / "scratch", []
+
+    def make() -> None:
         scratch.mkdir(exist_ok=True)
-        pictures = Pictures(samples, size, scratch, cache_gb * 1e9, on_progress, fast=fast)
-    ranks.barrier()
-    return pictures if ranks.is_main() else Pictures(samples, size, scratch, cache_gb * 1e9, fast=fast)
+        made.append(Pictures(samples, size, scratch, cache_gb * 1e9, on_progress, fast=fast))
+
+    ranks.from_main(make)
+    return made[0] if made else Pictures(samples, size, scratch, cache_gb * 1e9, fast=fast)

@@ -25,7 +25,16 @@ except ImportError:  # Windows: no advisory locks, so two writers of one folder 
 
 MANIFEST = "manifest.json"
 # settings that may differ between a run and its resume
-HOW_TO_RUN = {"save_every", "log_every", "validate_every", "watch_every", "workers", "cache_gb", "skip_broken"}
+HOW_TO_RUN = {
+    "save_every",
+    "log_every",
+    "validate_every",
+    "watch_every",
+    "workers",
+    "cache_gb",
+    "skip_broken",
+    "parallel",
+}
 # kind of folder -> the command that makes it, for error messages
 MAKERS = {
     "shards": "unclip shard",

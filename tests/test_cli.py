@@ -23,6 +23,7 @@ ALL = dict(commands())
 def test_the_commands_of_the_plan_are_there():
     plan = ["shard", "train clip", "train prior", "train decoder", "embed", "index", "search", "generate"]
     plan += ["evaluate loop", "evaluate clip", "evaluate prior", "quickstart"]
+    plan += ["data check", "data bench", "wise-ft", "export hf", "export onnx"]
     assert {tuple(name.split()) for name in plan} <= ALL.keys()
 
 

@@ -18,8 +18,12 @@ from clip_train import ranks
 
 folder = Path(sys.argv[2])
 torch.set_num_threads(1)
-if os.environ["RANK"] == "0" and (folder / "died").exists():
-    time.sleep(1)  # the other one must not look for it at its old address meanwhile
+if (folder / "died").exists():  # the second time, rank 1 must not find rank 0 at its old address
+    if os.environ["RANK"] == "1":
+        (folder / "waiting").touch()
+    while os.environ["RANK"] == "0" and not (folder / "waiting").exists():
+        time.sleep(0.1)
+    time.sleep(1.5 * (os.environ["RANK"] == "0"))
 ranks.start("cpu")
 plain = crew.batches
 
