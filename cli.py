@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that --help answers at once
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,18 +42,27 @@ def run() -> int:
         say("unclip: stopped; run the same command again to go on")
         return 130
     except click.ClickException as error:
-        error.show()
+        if is_main():
+            error.show()
         return error.exit_code
     except Interrupted as stop:
         say(f"unclip: {stop}")
         return 128 + stop.number
     except UserError as error:
-        say(f"unclip: {' '.join(str(error).split())}")
+        complain(error, " ".join(str(error).split()))
         return 2
     except OSError as error:  # a full disk, a folder that went away: not bugs, and they have a line of their own
         where = f"{error.filename}: " if error.filename else ""
-        say(f"unclip: {where}{error.strerror or error}")
+        complain(error, f"{where}{error.strerror or error}")
         return 2
+
+
+def complain(error: Exception, text: str) -> None:
+    """Say what went wrong, on whichever rank it did; what the main rank says itself is not said again."""
+    if is_main():
+        say(f"unclip: {text}")
+    elif type(error).__name__ != "ToldByMain":
+        click.echo(f"unclip: rank {os.environ['RANK']}: {text}", err=True)
 
 
 def is_main() -> bool:
@@ -337,14 +347,20 @@ def train_clip(
     """
 
     from clip_train import train, zeroshot
+    from clip_train.settings import UserError
 
     pairs = training_settings(**options)
     pairs += [f"init={init}"] if init else []
     config, fit_config = train.preset(preset, pairs)
+    weights = numbers_in(mix, "--mix")
+    if not val and (classnames or templates or fit_config.validate_every):
+        raise UserError("--classnames, --templates and validate_every are about --val, shards kept from training")
     if dry_run:
         from clip_train.estimate import render
 
-        click.echo(render(train.dry_run(shards, config, fit_config, allow_http=allow_http, device=device)))
+        click.echo(
+            render(train.dry_run(shards, config, fit_config, weights=weights, allow_http=allow_http, device=device))
+        )
         return
     kept = None
     if val:
@@ -359,7 +375,7 @@ def train_clip(
         out,
         config,
         fit_config,
-        weights=numbers_in(mix, "--mix"),
+        weights=weights,
         kept=kept,
         track=track or ("auto",),
         allow_http=allow_http,
@@ -374,7 +390,8 @@ def train_clip(
     for name, value in done["validation"].items():
         say(f"{name.removeprefix('val_')} {value:.3f}")
     say(f"{out}/: loss {done['loss']:.3f} after {done['steps']} steps (chance {done['chance']:.2f})")
-    say(f"next: unclip embed --shards {shards[0]} --clip {out} --out emb")
+    if done["pairs"] is not None:  # streamed shards are not embedded
+        say(f"next: unclip embed --shards {shlex.quote('::'.join(shards))} --clip {out} --out emb")
 
 
 def numbers_in(text: str | None, option: str) -> list[float]:

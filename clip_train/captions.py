@@ -13,11 +13,11 @@ import torch
 from clip_train import ranks
 from clip_train.folder import fingerprint_json, write_file
 from clip_train.model import Clip
-from clip_train.pictures import Batches
+from clip_train.pictures import Batches, made_ahead
 from clip_train.settings import Progress, UserError
 from clip_train.shards import ShardSet
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 PIECE = 4096  # samples that are read and tokenised together
 WORKER_PAYS = 50_000  # samples that keep a process busy for seconds; fewer are not worth starting one
 PROBE = "A photo of 3 foxes' cafés,  東京 & <b>🦊</b> unbelievableness"  # tokenised, it tells tokenizers apart
@@ -29,6 +29,11 @@ def text_id(text: str) -> int:
     64 bits of BLAKE2: two of 40 million different texts agree with a probability of about 4e-5.
     """
     return int.from_bytes(hashlib.blake2b(text.lower().encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def group_id(label: str | None, captions: Sequence[str]) -> int:
+    """Equal for samples that are right answers for each other: the id of the label, or of the first caption."""
+    return text_id(label or captions[0])
 
 
 def check_mix(mix: Sequence[float]) -> tuple[float, ...]:
@@ -123,14 +128,8 @@ class CaptionTable:
         """(counts, tokens, caption ids, groups) of PIECE samples after the other; by several processes if many."""
         total = len(self._samples)
         workers = min((os.cpu_count() or 1) - 1, total // WORKER_PAYS)
-        pieces = torch.utils.data.DataLoader(
-            _Pieces(self._samples, self._clip, self._label_field),
-            batch_size=None,
-            shuffle=False,
-            num_workers=max(workers, 0),
-            collate_fn=_as_it_is,
-        )
-        for n, piece in enumerate(pieces, 1):
+        pieces = _Pieces(self._samples, self._clip, self._label_field)
+        for n, piece in enumerate(made_ahead(pieces, range(len(pieces)), max(workers, 0)), 1):
             yield piece
             if on_progress:
                 on_progress(min(n * PIECE, total), total)
@@ -195,10 +194,9 @@ class _Pieces(torch.utils.data.Dataset):
     def __getitem__(self, piece: int) -> tuple[np.ndarray, ...]:
         said, groups = [], []
         for i in range(piece * PIECE, min((piece + 1) * PIECE, len(self.samples))):
-            captions, meta = self.samples.about(i)
-            label = meta.get(self.label_field)
+            captions, label = self.samples.about(i, self.label_field)
             said.append(captions)
-            groups.append(text_id(("" if label is None else str(label)) or captions[0]))
+            groups.append(group_id(label, captions))
         flat = [caption for captions in said for caption in captions]
         distinct = {caption: n for n, caption in enumerate(dict.fromkeys(flat))}
         tokens = self.clip.tokenize(list(distinct)).numpy()
@@ -208,10 +206,6 @@ class _Pieces(torch.utils.data.Dataset):
         ids = np.array([text_id(caption) for caption in distinct], dtype=np.int64)
         counts = np.array([len(captions) for captions in said], dtype=np.int32)
         return counts, tokens[which], ids[which], np.array(groups, dtype=np.int64)
-
-
-def _as_it_is(piece: object) -> object:
-    return piece
 
 
 def caption_table(

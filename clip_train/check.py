@@ -27,7 +27,7 @@ from clip_train.ingest import picture_kind
 from clip_train.pictures import PictureError, decode_picture
 from clip_train.settings import Progress, UserError
 from clip_train.shards import PICTURES, ShardSet, _captions, _json_object, _why_no_caption, list_shards
-from clip_train.stream import is_remote, list_urls
+from clip_train.stream import count_urls, is_remote
 from clip_train.tars import Span, read_members, read_span
 
 SEVERITIES = ("error", "warning", "note")
@@ -523,10 +523,12 @@ def quick_check(spec: str | Path | ShardSet, *, batch_size: int, ranks: int = 1,
 
     batch_size: of all ranks together. No picture is decoded; a ShardSet that is open already is used as it is.
     UserError in one line if training could not work: no sample to use, fewer than a batch, captions all equal. Of
-    remote shards only their number is known.
+    remote shards only their number is looked at, and not even that if they are a glob: no server is asked. workers:
+    for these does not count, as they are threads of a rank that share what it reads.
     """
     if not isinstance(spec, ShardSet) and is_remote(spec):
-        return _too_few(len(list_urls(str(spec), allow_http=True)), ranks, workers)  # no more is known without reading
+        shards = count_urls(str(spec))
+        return [] if shards is None else _too_few(shards, ranks)
     samples = spec if isinstance(spec, ShardSet) else ShardSet(spec)
     what = samples.paths[0].parent if isinstance(spec, ShardSet) else spec
     if len(samples) < batch_size:
@@ -556,6 +558,6 @@ def quick_check(spec: str | Path | ShardSet, *, batch_size: int, ranks: int = 1,
     return warnings
 
 
-def _too_few(shards: int, ranks: int, workers: int) -> list[str]:
-    readers = ranks * max(1, workers)
-    return [f"{shards} shards for {readers} processes that read: make at least {readers}"] * (shards < readers)
+def _too_few(shards: int, ranks: int) -> list[str]:
+    what = f"{shards} shard{'s' * (shards != 1)} for {ranks} ranks"
+    return [f"{what}: several read the same one at a time; make at least {ranks}"] * (shards < ranks)

@@ -112,17 +112,20 @@ class Feed:
         """How many samples there are; None as soon as some are streamed."""
         return None if self._streams else sum(len(pictures) for pictures in self._pictures)
 
-    @property
-    def bad(self) -> tuple[int, list[tuple[str, str]]]:
-        """How many samples could not be used, and the first of them: (key, reason)."""
-        count = sum(len(p.bad) for p in self._pictures) + sum(s.bad_count for s in self._streams)
-        first = [one for p in self._pictures for one in p.bad] + [one for s in self._streams for one in s.bad]
-        return count, first[:5]
-
-    @property
-    def broken(self) -> list[tuple[str, str]]:
-        """(URL, reason) of streamed shards that were passed over."""
-        return [one for stream in self._streams for one in stream.broken]
+    def trouble(self) -> tuple[int, list[tuple[str, str]], list[tuple[str, str]]]:
+        """For all ranks together, which must all ask: how many samples could not be used, the first of them as (key,
+        reason), and the streamed shards that were passed over, as (URL, reason)."""
+        own = (
+            [one for pictures in self._pictures for one in pictures.bad],
+            sum(stream.bad_count for stream in self._streams),
+            [one for stream in self._streams for one in stream.bad],
+            [one for stream in self._streams for one in stream.broken],
+        )
+        everyone = ranks.collect(own)
+        unread = list(dict.fromkeys(tuple(one) for bad, *_ in everyone for one in bad))
+        streamed = [tuple(one) for _, _, first, _ in everyone for one in first]
+        broken = list(dict.fromkeys(tuple(one) for *_, broken in everyone for one in broken))
+        return len(unread) + sum(count for _, count, *_ in everyone), (unread + streamed)[:5], broken
 
 
 def decoded(

@@ -67,7 +67,9 @@ class FitConfig:
         for name, known in (("precision", PRECISIONS), ("parallel", KINDS)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
-        for name in ("seed", "weight_decay", "min_lr", "warmup", "ema", "validate_every"):
+        if self.seed >= 2**63:
+            raise UserError(f"seed {self.seed} must be below 2^63")
+        for name in ("seed", "weight_decay", "min_lr", "warmup", "ema", "validate_every", "save_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 0")
         if self.log_every < 1:

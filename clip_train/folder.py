@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,16 +26,7 @@ except ImportError:  # Windows: no advisory locks, so two writers of one folder 
 
 MANIFEST = "manifest.json"
 # settings that may differ between a run and its resume
-HOW_TO_RUN = {
-    "save_every",
-    "log_every",
-    "validate_every",
-    "watch_every",
-    "workers",
-    "cache_gb",
-    "skip_broken",
-    "parallel",
-}
+HOW_TO_RUN = {"save_every", "log_every", "validate_every", "watch_every", "workers", "parallel"}
 # kind of folder -> the command that makes it, for error messages
 MAKERS = {
     "shards": "unclip shard",
@@ -162,9 +154,10 @@ class Workspace:
                 before = json.loads(started.read_text())
             except json.JSONDecodeError as error:
                 raise UserError(f"{started} is damaged; remove {partial}/ to start again") from error
-            _refuse_other(f"{partial}/ (an unfinished run)", plan, before, f"remove {partial}/ to start again")
-        else:
-            write_file(started, json.dumps(plan, indent=1).encode())
+            if any(path.name not in (".lock", "plan.json") for path in partial.iterdir()):
+                _refuse_other(f"{partial}/ (an unfinished run)", plan, before, f"remove {partial}/ to start again")
+                return work
+        write_file(started, json.dumps(plan, indent=1).encode())
         return work
 
     def release(self) -> None:
@@ -247,6 +240,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _relative(path: Path | str, base: Path) -> str:
+    if re.search(r"pipe:|://", str(path)):  # an address stands for itself, without its passwords
+        return re.sub(r"\?[^:]*", "", re.sub(r"://[^/@:]*(:[^/@]*)?@", "://", str(path)))
+    if ":" in str(path) and "::" not in str(path) and not os.path.exists(path):  # a name such as ViT-B-32:openai
+        return str(path)
     return os.path.relpath(os.path.abspath(path), base)
 
 

@@ -53,7 +53,7 @@ class Clip(nn.Module):
         kind = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
         try:
             self.model = kind(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
-        except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        except (TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
             raise UserError(f"open_clip cannot build this model: {error}") from error
         how = preprocess_cfg.get("interpolation", "bicubic"), preprocess_cfg.get("resize_mode", "shortest")
         if how != ("bicubic", "shortest"):

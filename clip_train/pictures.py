@@ -13,9 +13,10 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,6 +155,11 @@ def training_pixels(data: bytes, size: int) -> torch.Tensor:
             picture = picture.resize(_scaled((width, height), size), Image.Resampling.BICUBIC, box)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return _resized(pixels, size)
+
+
+def pixels_of(data: bytes, size: int, fast: bool) -> torch.Tensor:
+    """A picture file's bytes -> uint8 (3, size, size): training_pixels() if `fast`, else the exact ones."""
+    return training_pixels(data, size) if fast else to_pixels(decode_picture(data), size)
 
 
 def _resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -319,9 +325,6 @@ class Pictures:
         write_file(notes, json.dumps({"bad": bad}).encode())
         return np.load(file, mmap_mode="r"), bad
 
-    def _pixels_of(self, data: bytes) -> torch.Tensor:
-        return training_pixels(data, self.size) if self.fast else to_pixels(decode_picture(data), self.size)
-
     def _decode(
         self,
         rows: Sequence[int] | np.ndarray,
@@ -335,7 +338,7 @@ class Pictures:
             for place in places:
                 data = self.shards.picture(int(rows[place]))
                 try:
-                    put(place, self._pixels_of(data))
+                    put(place, pixels_of(data, self.size, self.fast))
                 except PictureError as error:
                     bad.append((int(rows[place]), str(error)))
             return bad
@@ -380,10 +383,7 @@ class Batches:
         if not self.workers or self.pictures.cached:
             yield from map(self.at, wanted)
             return
-        loader = torch.utils.data.DataLoader(
-            _Parts(self), batch_size=None, sampler=wanted, num_workers=self.workers, collate_fn=_as_it_is
-        )
-        for batch, bad in loader:
+        for batch, bad in made_ahead(_Parts(self), wanted, self.workers):
             for row, reason in bad:
                 self.pictures.note_bad(row, reason)
             yield batch
@@ -445,6 +445,33 @@ class _Parts(torch.utils.data.Dataset):
         known = len(self.batches.pictures.bad_rows)
         batch = self.batches.at(places)
         return batch, self.batches.pictures.bad_rows[known:]
+
+
+def made_ahead(items: torch.utils.data.Dataset, wanted: Iterable[Any], workers: int) -> Iterator[Any]:
+    """The wanted items, in order, made ahead by `workers` processes (0: when they are asked for).
+
+    A UserError keeps its own words: torch would put the worker's whole traceback into them.
+    """
+    loader = torch.utils.data.DataLoader(
+        _Tried(items), batch_size=None, sampler=wanted, num_workers=workers, collate_fn=_as_it_is
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+class _Tried(torch.utils.data.Dataset):
+    """The items of another, or the UserError that came in the place of one."""
+
+    def __init__(self, items: torch.utils.data.Dataset) -> None:
+        self.items = items
+
+    def __getitem__(self, n: Any) -> Any:
+        try:
+            return self.items[n]
+        except UserError as error:
+            return error
 
 
 def _as_it_is(item: object) -> object:

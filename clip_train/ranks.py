@@ -82,6 +82,10 @@ def broadcast(value: object) -> object:
     return box[0]
 
 
+class ToldByMain(UserError):
+    """What went wrong on the main rank, which says so itself."""
+
+
 def from_main(work: Callable[[], Any]) -> Any:
     """What work() returns on the main rank, which alone calls it, told to every rank; so is a UserError it raises.
 
@@ -95,8 +99,17 @@ def from_main(work: Callable[[], Any]) -> Any:
             failure = error
     answer, reason = broadcast((answer, None if failure is None else str(failure)))
     if reason is not None:
-        raise failure or UserError(reason)
+        raise failure or ToldByMain(reason)
     return answer
+
+
+def collect(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def open_workspace(*arguments: Any, **named: Any) -> Workspace:

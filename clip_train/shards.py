@@ -45,10 +45,25 @@ class Sample:
     ext: str
     captions: list[str]  # the first is the one that KEY.txt holds
     meta: dict[str, Any] = field(default_factory=dict)
+    cls: bytes | None = field(default=None, repr=False)  # KEY.cls as it was read; it is not written
 
     @property
     def caption(self) -> str:
         return self.captions[0]
+
+    def label(self, field: str = "label") -> str | None:
+        return label_of(self.meta, self.cls, field)
+
+
+def label_of(meta: dict[str, Any], cls: bytes | None, field: str) -> str | None:
+    """One field of a sample's json as text, None if it has none: equal labels mark pictures of the same thing.
+
+    The field "cls" is the text of KEY.cls where there is one.
+    """
+    if field == "cls" and cls is not None:
+        return cls.decode(errors="replace").strip()
+    value = meta.get(field)
+    return None if value is None else str(value)
 
 
 def list_shards(spec: str | Path) -> list[Path]:
@@ -172,10 +187,10 @@ class ShardSet:
 
     def read(self, i: int) -> Sample:
         """Sample i: the picture's bytes, all its captions and its json. The picture is not decoded here."""
-        image, text, meta = self._parts(i, PICTURE, TXT, JSON)
+        image, text, meta, cls = self._parts(i, PICTURE, TXT, JSON, CLS)
         meta = _json_object(meta)
         ext = PICTURES[self._spans[i, EXT]]
-        return Sample(key=self.keys[i], image=image, ext=ext, captions=_captions(text, meta), meta=meta)
+        return Sample(key=self.keys[i], image=image, ext=ext, captions=_captions(text, meta), meta=meta, cls=cls)
 
     def picture(self, i: int) -> bytes:
         """Sample i's picture file."""
@@ -199,21 +214,16 @@ class ShardSet:
         """
         return self.about(i)[0]
 
-    def about(self, i: int) -> tuple[list[str], dict[str, Any]]:
-        """Sample i's captions and its json, in one reading."""
-        text, meta = self._parts(i, TXT, JSON)
+    def about(self, i: int, field: str = "label") -> tuple[list[str], str | None]:
+        """Sample i's captions and its label, in one reading."""
+        text, meta, cls = self._parts(i, TXT, JSON, CLS)
         meta = _json_object(meta)
-        return _captions(text, meta), meta
+        return _captions(text, meta), label_of(meta, cls, field)
 
     def label(self, i: int, field: str = "label") -> str | None:
-        """One field of sample i's json as text, None if it has none: equal labels mark pictures of the same thing.
-
-        The field "cls" is the text of KEY.cls where there is one.
-        """
-        if field == "cls" and self._spans[i, CLS] >= 0:
-            return self._parts(i, CLS)[0].decode(errors="replace").strip()
-        value = _json_object(*self._parts(i, JSON)).get(field)
-        return None if value is None else str(value)
+        """Sample i's label; see label_of()."""
+        meta, cls = self._parts(i, JSON, CLS)
+        return label_of(_json_object(meta), cls, field)
 
     def damaged(self, on_progress: Progress | None = None) -> list[tuple[str, str]]:
         """(key, reason) of the samples whose bytes are not those that were indexed, though the tar looks unchanged.

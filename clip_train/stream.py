@@ -33,10 +33,10 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from clip_train.captions import check_mix, pick_caption, text_id, uniform_of
+from clip_train.captions import check_mix, group_id, pick_caption, text_id, uniform_of
 from clip_train.folder import fingerprint_json
 from clip_train.model import Clip
-from clip_train.pictures import PictureError, decode_picture, to_pixels, training_pixels
+from clip_train.pictures import PictureError, pixels_of
 from clip_train.settings import UserError
 from clip_train.shards import (
     PICTURES,
@@ -82,9 +82,21 @@ def _split(spec: str) -> list[str]:
     return re.split(rf"::(?={_URL.pattern}|[./~\w])", spec) if _URL.search(spec) else [spec]
 
 
+def count_urls(spec: str) -> int | None:
+    """How many shards `spec` names; None if only their server could tell, which is not asked."""
+    parts = [part for part in _split(str(spec)) if _URL.match(part) and not part.startswith(("pipe:", "http"))]
+    if any(_is_glob(url) for part in parts for url in expand_braces(part)):
+        return None
+    return len(list_urls(spec, allow_http=True))
+
+
+def _is_glob(url: str) -> bool:
+    return bool(set(url) & set("*?[")) or url.endswith("/")
+
+
 def _listed(url: str) -> list[str]:
     """The URL itself, or what is there if it is a glob or a folder (it ends with /)."""
-    if not set(url) & set("*?[") and not url.endswith("/"):
+    if not _is_glob(url):
         return [url]
     with _fsspec(url) as fsspec:
         files, _ = fsspec.core.url_to_fs(url)
@@ -117,6 +129,10 @@ class BrokenShard(Exception):
     """A shard could not be read to its end; the message says why."""
 
 
+class _NoCommand(BrokenShard):
+    """The shell found no such command, or may not run it: there is no use in trying again."""
+
+
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[IO[bytes]]:
     """The bytes of a shard. A command must end with exit code 0."""
@@ -124,10 +140,14 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
         command = url.removeprefix("pipe:")
         process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         try:
-            yield process.stdout
+            try:
+                yield process.stdout
+            except BrokenShard:
+                if not process.stdout.read(1):  # it ended before its tar did: perhaps it failed
+                    _succeeded(process)
+                raise
             process.stdout.read()
-            if code := process.wait():
-                raise BrokenShard(f"the command ended with exit code {code}")
+            _succeeded(process)
         finally:
             process.stdout.close()
             process.terminate()
@@ -141,6 +161,11 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
     else:
         with _fsspec(url) as fsspec, fsspec.open(url, "rb") as file:
             yield file
+
+
+def _succeeded(process: subprocess.Popen) -> None:
+    if code := process.wait():
+        raise (_NoCommand if code in (126, 127) else BrokenShard)(f"the command ended with exit code {code}")
 
 
 class _Member(tarfile.TarInfo):
@@ -177,7 +202,8 @@ def read_shard(url: str) -> Iterator[Sample | tuple[str, str]]:
                     yield _sample(key, parts)
                     parts = {}
                 key = own
-                parts[suffix] = tar.extractfile(member).read() if suffix in ("txt", "json", *PICTURES) else b""
+                wanted = suffix in ("txt", "json", "cls", *PICTURES)
+                parts[suffix] = tar.extractfile(member).read() if wanted else b""
         except tarfile.TarError as error:
             raise BrokenShard(f"cut short or damaged ({error})") from error
         if not getattr(tar, "whole", False):
@@ -194,7 +220,7 @@ def _sample(key: str, parts: dict[str, bytes]) -> Sample | tuple[str, str]:
     if reason := _why_no_caption(text, meta):
         return key, reason
     meta = _json_object(meta)
-    return Sample(key=key, image=parts[ext], ext=ext, captions=_captions(text, meta), meta=meta)
+    return Sample(key=key, image=parts[ext], ext=ext, captions=_captions(text, meta), meta=meta, cls=parts.get("cls"))
 
 
 def _steadily(url: str, retries: int) -> Iterator[Sample | tuple[str, str]]:
@@ -210,8 +236,8 @@ def _steadily(url: str, retries: int) -> Iterator[Sample | tuple[str, str]]:
             raise
         except (OSError, http.client.HTTPException, BrokenShard, EOFError) as error:
             failures += 1
-            hopeless = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or not _URL.match(url)
-            if failures > retries or hopeless:
+            hopeless = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | _NoCommand)
+            if failures > retries or hopeless or not _URL.match(url):
                 raise BrokenShard(" ".join(str(error).split()) or type(error).__name__) from error
             time.sleep(min(2.0 ** (failures - 1), 60))
 
@@ -354,7 +380,7 @@ class StreamBatches:
         @functools.cache
         def decoded(n: int) -> torch.Tensor | None:
             try:
-                return self._pixels_of(coming[n].image)
+                return pixels_of(coming[n].image, self.size, self.fast)
             except PictureError as error:
                 if n < len(places):  # else it is named when its own turn comes
                     bad.append((coming[n].key, str(error)))
@@ -374,18 +400,14 @@ class StreamBatches:
         count = np.array([len(sample.captions) for sample in samples], dtype=np.int64)
         picked = pick_caption(count, self.mix, uniform_of([self.seed, self.rank], places))
         said = [sample.captions[n] for sample, n in zip(samples, picked.tolist(), strict=True)]
-        labels = [sample.meta.get(self.label_field) for sample in samples]
-        groups = [("" if own is None else str(own)) or s.captions[0] for own, s in zip(labels, samples, strict=True)]
+        groups = [group_id(sample.label(self.label_field), sample.captions) for sample in samples]
         batch = {
             "pixels": pixels,
             "tokens": self.clip.tokenize(said) if said else self.clip.tokenize([""])[:0],
             "caption": torch.tensor([text_id(text) for text in said], dtype=torch.int64),
-            "group": torch.tensor([text_id(text) for text in groups], dtype=torch.int64),
+            "group": torch.tensor(groups, dtype=torch.int64),
         }
         return batch, bad
-
-    def _pixels_of(self, image: bytes) -> torch.Tensor:
-        return training_pixels(image, self.size) if self.fast else to_pixels(decode_picture(image), self.size)
 
     def _counted(self, batch: dict[str, torch.Tensor], bad: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
         for key, reason in bad:

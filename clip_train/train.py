@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ from clip_train.track import curves, open_trackers
 from clip_train.watch import Watcher
 
 SIGMOID_START = {"init_logit_scale": float(np.log(10)), "init_logit_bias": -10.0}  # arXiv 2303.15343, section 3.2
+
+MODEL_FIELDS = {
+    "vision",
+    "image_size",
+    "embed_dim",
+    "text_width",
+    "text_layers",
+    "text_heads",
+    "context_length",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +75,45 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         check_mix(self.caption_mix)
+        lows = {
+            "image_size": 8,
+            "embed_dim": 1,
+            "text_width": 1,
+            "text_layers": 1,
+            "text_heads": 1,
+            "context_length": 3,
+        }
+        lows |= {"lora_rank": 0, "unlocked_groups": 0, "augment": 0, "workers": 0, "cache_gb": 0, "shuffle": 1}
+        for name, low in (lows | {"watch_every": 0}).items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} {getattr(self, name):g} must be at least {low}")
         if self.lock not in ("", "image", "text"):
             raise UserError(f"lock {self.lock!r} must be image, text or nothing")
         if self.lock and not self.init:
             raise UserError(f"lock={self.lock} keeps a tower as it is, so it needs one worth keeping: --init")
         if self.lora_rank and not self.init:
             raise UserError(f"lora_rank={self.lora_rank} changes given weights a little, so it needs some: --init")
+        if self.unlocked_groups and (self.lora_rank or not self.lock):
+            raise UserError(
+                f"unlocked_groups={self.unlocked_groups} are of a locked tower: set lock=image or text, no lora_rank"
+            )
         if self.loss not in LOSSES:
             raise UserError(f"loss {self.loss!r} must be {' or '.join(LOSSES)}")
-        if not 0 < self.layer_decay <= 1 or not 0 <= self.patch_dropout < 1 or self.lora_rank < 0:
+        if self.smoothing and self.loss == "siglip":
             raise UserError(
-                f"layer_decay {self.layer_decay:g} must be in (0, 1], patch_dropout {self.patch_dropout:g} in [0, 1), "
-                f"lora_rank {self.lora_rank} at least 0"
+                f"loss=siglip has no targets to smooth, and smoothing is {self.smoothing:g}: set smoothing=0"
+            )
+        if not 0 <= self.smoothing < 1 or not 0 <= self.distill <= 1:
+            raise UserError(
+                f"smoothing {self.smoothing:g} must be in [0, 1), and the share distill {self.distill:g} in [0, 1]"
+            )
+        if bool(self.teacher) != bool(self.distill):
+            raise UserError(
+                f"teacher={self.teacher or 'nobody'} and distill={self.distill:g} need each other: set both"
+            )
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.patch_dropout < 1:
+            raise UserError(
+                f"layer_decay {self.layer_decay:g} must be in (0, 1], patch_dropout {self.patch_dropout:g} in [0, 1)"
             )
 
     def model_config(self) -> dict[str, Any]:
@@ -173,12 +210,14 @@ def dry_run(
     config: ClipConfig,
     fit_config: FitConfig,
     *,
+    weights: Sequence[float] = (),
     allow_http: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """What train_clip would take, see estimate.estimate(); nothing is trained or written."""
-    place, sources = ranks.pick_device(device), open_sources(shards, allow_http=allow_http)
+    place, sources = ranks.pick_device(device), open_sources(shards, weights, allow_http)
     clip, teacher = build(config), Clip.pretrained(config.teacher) if config.teacher else None
+    config = as_built(config, clip)
     known = [source.samples for source in sources if source.samples is not None]
     some = [samples.captions(i)[0] for samples in known for i in range(0, len(samples), -(-len(samples) // 200))]
     length = round(float(clip.tokenize(some).argmax(1).float().mean())) + 1 if some else None
@@ -209,8 +248,23 @@ def build(config: ClipConfig, seed: int = 0) -> Clip:
     if config.lock:
         clip.lock(config.lock, config.unlocked_groups)
     if config.lora_rank:
-        add_lora(clip, config.lora_rank, config.lora_alpha)
+        towers = [tower for tower in ("image", "text") if tower != config.lock]
+        add_lora(clip, config.lora_rank, config.lora_alpha, towers=towers)
     return clip
+
+
+def as_built(config: ClipConfig, clip: Clip) -> ClipConfig:
+    """The config with the model's own sizes, which are not the preset's when training goes on from given weights."""
+    vision, text = clip.model_cfg["vision_cfg"], clip.model_cfg["text_cfg"]
+    found = {f"text_{name}": text[name] for name in ("width", "layers", "heads") if name in text}
+    found["context_length"] = text.get("context_length", 77)
+    return replace(
+        config,
+        vision={name: value for name, value in vision.items() if name not in ("image_size", "patch_dropout")},
+        image_size=clip.image_size,
+        embed_dim=clip.embed_dim,
+        **found,
+    )
 
 
 def _with_bias(clip: Clip) -> Clip:
@@ -325,11 +379,11 @@ def train_clip(
     if place.type == "cpu":
         keep_freed_memory()
     sources = open_sources([shards] if isinstance(shards, str | Path) else list(shards), weights, allow_http)
-    settings = config_to_json(config) | {"fit": config_to_json(fit_config)}
     inputs = {"shards": as_input(sources)}
+    clip, teacher = build(config, fit_config.seed), Clip.pretrained(config.teacher) if config.teacher else None
+    settings = config_to_json(as_built(config, clip)) | {"fit": config_to_json(fit_config)}
     if len(sources) > 1:
         settings["mix"] = list(weights)
-    clip, teacher = build(config, fit_config.seed), Clip.pretrained(config.teacher) if config.teacher else None
     for name, spec, found in (("init", config.init, clip), ("teacher", config.teacher, teacher)):
         if spec and found.fingerprint:
             inputs[name] = Input(found.fingerprint, spec)
@@ -339,13 +393,25 @@ def train_clip(
 
     warn = on_warning or (lambda line: None)
     for source, weight in zip(sources, weights or [1.0], strict=True):
-        if source.samples is not None:
-            share = int(fit_config.batch_size * weight / sum(weights or [1.0]))
-            for line in quick_check(source.samples, batch_size=share, ranks=ranks.world_size(), workers=config.workers):
-                warn(line)
+        share = int(fit_config.batch_size * weight / sum(weights or [1.0]))
+        how = {"batch_size": share, "ranks": ranks.world_size(), "workers": config.workers}
+        for line in quick_check(source.samples or source.spec, **how):
+            warn(line)
     per_rank = fit_config.batch_size // ranks.world_size()
     if per_rank < 2:
         raise UserError(f"batch_size {fit_config.batch_size} leaves fewer than 2 pairs to tell apart; raise it")
+    objective = ClipObjective(
+        loss=config.loss,
+        augment=config.augment,
+        teacher=teacher,
+        distill=config.distill,
+        smoothing=config.smoothing,
+    )
+    validation = None
+    if kept:
+        names, said = kept.classnames, kept.templates
+        validation = Validation(kept.shards, clip, label_field=config.label_field, classnames=names, templates=said)
+    trackers = open_trackers(track if ranks.is_main() else (), work.path, settings)
     feed = Feed(
         sources,
         clip,
@@ -362,19 +428,7 @@ def train_clip(
         allow_http=allow_http,
         on_progress=on_progress,
     )
-    objective = ClipObjective(
-        loss=config.loss,
-        augment=config.augment,
-        teacher=teacher,
-        distill=config.distill,
-        smoothing=config.smoothing,
-    )
     watched = Watched(objective, feed, _watcher(clip, config, fit_config), fit_config.log_every, warn)
-    validation = None
-    if kept:
-        names, said = kept.classnames, kept.templates
-        validation = Validation(kept.shards, clip, label_field=config.label_field, classnames=names, templates=said)
-    trackers = open_trackers(track if ranks.is_main() else (), work.path, settings)
 
     def show(entry: dict[str, float]) -> None:
         trackers(entry)
@@ -395,16 +449,15 @@ def train_clip(
             on_log=show,
             validate=(lambda model, step: validation(model)) if validation else None,
         )
-    manifest = None
+    manifest, (count, first, broken) = None, feed.trouble()
     if ranks.is_main():
         if result.averaged:
             clip.load_state_dict(result.averaged)
         merge_lora(clip)
         clip.save(work.path)
         curves(work.path)
-        for url, why in feed.broken:
+        for url, why in broken:
             warn(f"{url} was passed over: {why}")
-        count, first = feed.bad
         summary = {
             "steps": result.steps,
             "seconds": result.seconds,
@@ -421,7 +474,16 @@ def train_clip(
 
 
 def preset(name: str, pairs: Sequence[str] = ()) -> tuple[ClipConfig, FitConfig]:
-    """A preset's two configs with --set pairs applied."""
+    """A preset's two configs with --set pairs applied; with init, a schedule for weights that were trained before."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+    named = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if named.get("init"):
+        own = sorted(set(named) & MODEL_FIELDS)
+        if own:
+            raise UserError(
+                f"--set {own[0]}={named[own[0]]}: the weights of {named['init']} have their own; leave it out"
+            )
+        rate = 1e-4 if named.get("lora_rank", "0") != "0" else 1e-5
+        pairs = [f"lr={rate}", "weight_decay=0.1", "smoothing=0", *pairs]
     return tuple(override([PRESETS[name].clip, PRESETS[name].fit], pairs))

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -89,6 +90,13 @@ def test_a_sample_without_a_label_is_grouped_by_its_first_caption(tmp_path, clip
     assert group == [text_id(c) for c in ("same", "same", "c2", "c3")]
 
 
+def test_the_label_cls_is_the_file_of_that_name(tmp_path, clip):
+    samples = ShardSet(tiny.with_cls(tmp_path / "s"))
+    assert [samples.label(i, "cls") for i in range(5)] == ["7", "7", "3", "in the json", None]
+    group = CaptionTable(samples, clip, label_field="cls").group.tolist()
+    assert group == [text_id(label) for label in ("7", "7", "3", "in the json", "caption 4")]
+
+
 def test_the_table_is_made_once_and_belongs_to_shards_tokenizer_and_label(tmp_path, clip, monkeypatch):
     samples = ShardSet(tiny.shards(tmp_path / "s"))
     first = CaptionTable(samples, clip, cache=tmp_path / "cache")
@@ -125,6 +133,17 @@ def test_a_table_tokenised_by_several_processes_is_the_same(tmp_path, clip, monk
     helped = CaptionTable(samples, clip, on_progress=lambda done, total: seen.append((done, total)))
     assert np.array_equal(alone.tokens, helped.tokens) and torch.equal(alone.group, helped.group)
     assert seen == [(3, 10), (6, 10), (9, 10), (10, 10)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_goes_wrong_in_a_process_that_tokenises_is_said_in_one_line(tmp_path, clip, monkeypatch):
+    samples = ShardSet(tiny.shards(tmp_path / "s"))
+    monkeypatch.setattr("clip_train.captions.WORKER_PAYS", 5)
+    monkeypatch.setattr("clip_train.captions.os.cpu_count", lambda: 2)
+    os.utime(samples.paths[0], (0, 0))
+    with pytest.raises(UserError) as caught:
+        CaptionTable(samples, clip)
+    assert str(caught.value) == f"{samples.paths[0]} changed while it was being used; run the same command again"
 
 
 def test_a_table_that_cannot_be_written_is_one_line(tmp_path, clip):

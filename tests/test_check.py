@@ -246,12 +246,22 @@ def test_the_quick_check_warns_without_decoding(tmp_path, monkeypatch):
 
 def test_of_remote_shards_only_their_number_is_checked(tmp_path):
     spec = "memory://nowhere/{00..03}.tar"
-    assert quick_check(spec, batch_size=8, ranks=2, workers=2) == []
-    assert quick_check(spec, batch_size=8, ranks=2, workers=4) == [
-        "4 shards for 8 processes that read: make at least 8"
+    assert quick_check(spec, batch_size=8, ranks=4, workers=4) == []
+    assert quick_check(spec, batch_size=8, ranks=8) == [
+        "4 shards for 8 ranks: several read the same one at a time; make at least 8"
     ]
     with pytest.raises(UserError, match="only tars on this machine"):
         check_shards(spec)
+
+
+@pytest.mark.parametrize("spec", ["pipe:cat x.tar", "http://h/x.tar", "nosuchscheme://b/x.tar"])
+def test_the_quick_check_of_remote_shards_opens_nothing(monkeypatch, spec):
+    for opener in ("stream._opened", "stream._fsspec"):
+        monkeypatch.setattr(f"clip_train.{opener}", lambda url: pytest.fail(f"opened {url}"))
+    [line] = quick_check(spec, batch_size=8, ranks=2, workers=2)
+    assert line.startswith("1 shard for 2 ranks: ")
+    assert quick_check(spec, batch_size=8) == []
+    assert quick_check("s3://b/*.tar", batch_size=8, ranks=2) == []  # how many there are, only the server knows
 
 
 def test_the_command_prints_a_table_and_ends_with_2_only_after_errors(tmp_path, monkeypatch, capsys):

@@ -50,7 +50,9 @@ def test_other_settings_or_inputs_are_refused_by_name(tmp_path, finished):
     if finished:
         made(tmp_path / "clip")
     else:
-        Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).release()
+        work = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+        (work.path / "part").write_text("made in hours")
+        work.release()
     with pytest.raises(UserError, match="width = 1, but 2"):
         Workspace.open(tmp_path / "clip", "clip", {"width": 2}, INPUTS)
     with pytest.raises(UserError, match="other shards"):
@@ -151,3 +153,21 @@ def test_files_that_a_killed_run_was_in_the_middle_of_writing_are_swept_away(tmp
     (second.path / ".half").write_text("x")
     assert second.publish().fingerprint == whole.fingerprint
     assert sorted(os.listdir(tmp_path / "clip")) == ["manifest.json", "weights"]
+
+
+def test_a_run_that_made_nothing_yet_does_not_stand_in_the_way_of_other_settings(tmp_path):
+    Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).release()
+    work = Workspace.open(tmp_path / "clip", "clip", {"width": 2}, INPUTS)
+    assert json.loads((work.path / "plan.json").read_text())["config"] == {"width": 2}
+
+
+def test_addresses_and_names_are_noted_as_they_are_without_passwords(tmp_path):
+    inputs = {
+        "shards": Input("sha256:1", "s3://me:secret@bucket/{0..3}.tar?signature=abc"),
+        "init": Input("sha256:2", "ViT-B-32:openai"),
+    }
+    work = Workspace.open(tmp_path / "clip", "clip", {}, inputs)
+    plan = (work.path / "plan.json").read_text()
+    assert "secret" not in plan and "abc" not in plan
+    noted = {name: one["path"] for name, one in json.loads(plan)["inputs"].items()}
+    assert noted == {"shards": "s3://bucket/{0..3}.tar", "init": "ViT-B-32:openai"}

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -379,6 +380,16 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(tmp_path):
         mine, theirs = next(alone), next(helped)
         assert torch.equal(mine["row"], theirs["row"]) and torch.equal(mine["pixels"], theirs["pixels"])
     helped.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_goes_wrong_in_a_worker_process_is_said_in_one_line(tmp_path):
+    shards = make_shards(tmp_path / "s", 6)
+    stream = Batches(Pictures(shards, 4, cache_bytes=0), 6, seed=0, workers=2)(0)
+    os.utime(shards.paths[0], (0, 0))
+    with pytest.raises(UserError) as caught:
+        next(stream)
+    assert str(caught.value) == f"{shards.paths[0]} changed while it was being used; run the same command again"
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

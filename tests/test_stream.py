@@ -17,11 +17,11 @@ import pytest
 import tiny
 import torch
 
-from clip_train.captions import text_id
+from clip_train.captions import CaptionTable, text_id
 from clip_train.model import Clip
 from clip_train.pictures import to_pixels
 from clip_train.settings import UserError
-from clip_train.shards import Sample, write_shard
+from clip_train.shards import Sample, ShardSet, write_shard
 from clip_train.stream import BrokenShard, StreamBatches, is_remote, list_urls, read_shard
 
 SIZES = (7, 1, 12, 0, 5, 9)  # samples of each shard: unequal, one empty
@@ -89,7 +89,12 @@ def test_what_cannot_be_listed_or_opened_is_refused_in_one_line(tmp_path, clip):
         (f"nowhere.tar::file://{tmp_path}/0.tar", "nowhere.tar does not exist"),
         ("nosuchscheme://x/{0..1}.tar", "nosuchscheme.* cannot be opened"),
         (f"file://{tmp_path}/gone.tar", "gone.tar cannot be read: .*leave it out"),
-        ("pipe:exit 3", "pipe:exit 3 cannot be read"),
+        ("pipe:exit 3", "pipe:exit 3 cannot be read: the command ended with exit code 3;"),
+        ("pipe:false", "pipe:false cannot be read: the command ended with exit code 1;"),
+        ("pipe:true", "pipe:true cannot be read: it is no tar, or an empty file;"),
+        ("pipe:yes no tar; exit 1", "it is no tar, or an empty file;"),  # it would go on for ever
+        (f"pipe:head -c 700 {make_shards(tmp_path / 's', (9,))}/00.tar; exit 4", "ended with exit code 4;"),
+        (f"pipe:head -c 700 {tmp_path}/s/00.tar", "cannot be read: cut short or damaged"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             next(StreamBatches(spec, clip, 2, 0, retries=0)())
@@ -148,6 +153,17 @@ def test_a_batch_holds_each_samples_picture_tokens_and_ids(tmp_path, clip):
         assert torch.equal(tokens, clip.tokenize([f"second {n}"])[0]) and group == text_id(f"label {n // 2}")
 
 
+def test_the_label_cls_is_the_file_of_that_name_as_in_shards_on_this_machine(tmp_path, clip):
+    spec = f"file://{tiny.with_cls(tmp_path / 's')}/0.tar"
+    samples = {sample.captions[0]: sample for sample in read_shard(spec)}
+    assert [sample.label("cls") for sample in samples.values()] == ["7", "7", "3", "in the json", None]
+    batch = next(StreamBatches(spec, clip, 5, 0, label_field="cls", shuffle=5)())
+    table = CaptionTable(ShardSet(tmp_path / "s"), clip, label_field="cls")
+    assert dict(zip(batch["caption"].tolist(), batch["group"].tolist(), strict=True)) == dict(
+        zip(table.caption.tolist(), table.group.tolist(), strict=True)
+    )
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("journal", [True, False])
@@ -186,7 +202,7 @@ def test_a_resumed_stream_opens_no_shard_that_lies_before_it(tmp_path, clip, mon
     whole = shown(make(work=tmp_path / "work"), 12)
     monkeypatch.setattr("clip_train.stream.read_shard", noted)
     decoded = []
-    monkeypatch.setattr(StreamBatches, "_pixels_of", lambda self, image: decoded.append(0) or torch.zeros(3, 16, 16))
+    monkeypatch.setattr("clip_train.stream.pixels_of", lambda *_: decoded.append(0) or torch.zeros(3, 16, 16))
     batches = make(work=tmp_path / "work")
     last = whole[11][0]
     assert shown(batches, 1, start=11) == whole[11:]
@@ -322,6 +338,17 @@ def test_a_connection_that_breaks_is_taken_up_again_after_growing_waits(tmp_path
     waits = flaky(monkeypatch, "02.tar", fails=3)
     assert shown(make(), 12) == unbroken
     assert waits == [1, 2, 4]
+
+
+def test_a_command_that_does_not_exist_is_tried_once_and_one_that_fails_again(clip, monkeypatch):
+    waits = []
+    monkeypatch.setattr("clip_train.stream.time.sleep", waits.append)
+    with pytest.raises(UserError, match="exit code 127"):
+        next(StreamBatches("pipe:no-such-command 2>/dev/null", clip, 2, 0, readers=1)())
+    assert waits == []
+    with pytest.raises(UserError, match="exit code 1;"):
+        next(StreamBatches("pipe:false", clip, 2, 0, readers=1)())
+    assert waits[:5] == [1, 2, 4, 8, 16]
 
 
 def test_a_shard_that_stays_broken_stops_the_stream_or_is_passed_over(tmp_path, clip, monkeypatch):

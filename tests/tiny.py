@@ -2,6 +2,7 @@
 
 import functools
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,23 @@ def samples(n: int, prefix: str = "s") -> list[Sample]:
 
 def shards(folder: Path, n: int = 10, per_shard: int = 4) -> Path:
     write_shards(samples(n), folder, samples_per_shard=per_shard)
+    return folder
+
+
+def with_cls(folder: Path) -> Path:
+    """A tar of five samples whose label "cls" is 7, 7 (in KEY.cls), 3 (there, and another in the json), a field of the
+    json, and none at all."""
+    folder.mkdir()
+    metas = [b'{"label": "x"}', b"{}", b'{"cls": "other"}', b'{"cls": "in the json"}', b"{}"]
+    classes = [b"7", b" 7\n", b"3", None, None]
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for n, (meta, cls) in enumerate(zip(metas, classes, strict=True)):
+            parts = {"cls": cls, "json": meta, "png": picture(n), "txt": f"caption {n}".encode()}
+            for suffix, data in parts.items():
+                if data is not None:
+                    member = tarfile.TarInfo(f"{n}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
     return folder
 
 
