@@ -518,13 +518,12 @@ def duplicate_sheet(report: Report, groups: int = 24, columns: int = 10) -> Imag
 # The part that costs nothing
 
 
-def quick_check(spec: str | Path | ShardSet, *, batch_size: int, ranks: int = 1, workers: int = 0) -> list[str]:
+def quick_check(spec: str | Path | ShardSet, *, batch_size: int, ranks: int = 1) -> list[str]:
     """What training wants to know before it starts: a line for each thing to warn of, none if all is well.
 
     batch_size: of all ranks together. No picture is decoded; a ShardSet that is open already is used as it is.
     UserError in one line if training could not work: no sample to use, fewer than a batch, captions all equal. Of
-    remote shards only their number is looked at, and not even that if they are a glob: no server is asked. workers:
-    for these does not count, as they are threads of a rank that share what it reads.
+    remote shards only their number is looked at, and not even that if they are a glob: no server is asked.
     """
     if not isinstance(spec, ShardSet) and is_remote(spec):
         shards = count_urls(str(spec))

@@ -66,7 +66,7 @@ class ClipConfig:
     distill: float = 0.0  # share of the imitation in the loss
     caption_mix: tuple[float, ...] = ()  # weights of a sample's 1st, 2nd, ... caption; the last for all further ones
     augment: float = 1.0  # strength of the random moves of a picture, see augment.py
-    label_field: str = "label"  # json field of a sample whose equal values are right answers for each other
+    label_field: str = "label"  # json field whose equal values are right answers for each other; cls: KEY.cls
     workers: int = 0  # processes that read and decode, when the pictures do not fit the cache
     cache_gb: float = 2.0  # pictures are decoded once and kept as bytes, if they fit
     shuffle: int = 2048  # samples among which streamed ones are shuffled; those of local shards are, over all
@@ -394,8 +394,7 @@ def train_clip(
     warn = on_warning or (lambda line: None)
     for source, weight in zip(sources, weights or [1.0], strict=True):
         share = int(fit_config.batch_size * weight / sum(weights or [1.0]))
-        how = {"batch_size": share, "ranks": ranks.world_size(), "workers": config.workers}
-        for line in quick_check(source.samples or source.spec, **how):
+        for line in quick_check(source.samples or source.spec, batch_size=share, ranks=ranks.world_size()):
             warn(line)
     per_rank = fit_config.batch_size // ranks.world_size()
     if per_rank < 2:
@@ -482,7 +481,7 @@ def preset(name: str, pairs: Sequence[str] = ()) -> tuple[ClipConfig, FitConfig]
         own = sorted(set(named) & MODEL_FIELDS)
         if own:
             raise UserError(
-                f"--set {own[0]}={named[own[0]]}: the weights of {named['init']} have their own; leave it out"
+                f"{own[0]}={named[own[0]]} does not go with init: {named['init']} has its own; leave it out"
             )
         rate = 1e-4 if named.get("lora_rank", "0") != "0" else 1e-5
         pairs = [f"lr={rate}", "weight_decay=0.1", "smoothing=0", *pairs]

@@ -231,7 +231,7 @@ def test_the_quick_check_warns_without_decoding(tmp_path, monkeypatch):
     write_shards(made, tmp_path)
     write_tar(tmp_path / "1.tar", [("y.png", b""), ("z.txt", b"alone")])
     monkeypatch.setattr(check, "decode_picture", lambda *_, **__: pytest.fail("decoded"))
-    lines = quick_check(tmp_path, batch_size=8, ranks=2, workers=4)
+    lines = quick_check(tmp_path, batch_size=8, ranks=2)
     assert [line.split(":")[0] for line in lines] == [
         "32 % of the captions are 'dog'",
         "1 samples cannot be used, no caption",
@@ -258,7 +258,7 @@ def test_of_remote_shards_only_their_number_is_checked(tmp_path):
 def test_the_quick_check_of_remote_shards_opens_nothing(monkeypatch, spec):
     for opener in ("stream._opened", "stream._fsspec"):
         monkeypatch.setattr(f"clip_train.{opener}", lambda url: pytest.fail(f"opened {url}"))
-    [line] = quick_check(spec, batch_size=8, ranks=2, workers=2)
+    [line] = quick_check(spec, batch_size=8, ranks=2)
     assert line.startswith("1 shard for 2 ranks: ")
     assert quick_check(spec, batch_size=8) == []
     assert quick_check("s3://b/*.tar", batch_size=8, ranks=2) == []  # how many there are, only the server knows

@@ -62,7 +62,12 @@ def test_the_whole_loop_runs_and_every_room_refuses_what_does_not_fit(unclip, tm
     (tmp_path / "pictures" / "broken.txt").write_text("a caption")
 
     unclip("shard", "pictures", "--out", "shards", "--per-shard", 5)
-    assert read_manifest("shards", "shards").result == {"samples": 12, "rejected": 1, "shards": 3}
+    assert read_manifest("shards", "shards").result == {
+        "samples": 12,
+        "rejected": 1,
+        "reasons": {"not a usable picture": 1},
+        "shards": 3,
+    }
     unclip("train", "clip", "--shards", "shards", "--steps", 4, "--batch-size", 8, *sets(CLIP), "--device", "cpu")
     unclip("embed", "--shards", "shards", "--clip", "clip", "--device", "cpu")
     unclip("index", "--embeddings", "emb")

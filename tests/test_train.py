@@ -257,3 +257,32 @@ def test_settings_that_contradict_each_other_are_refused():
     ):
         with pytest.raises(UserError, match=said):
             dataclasses.replace(CONFIG, **changes)
+
+
+def test_given_weights_are_trained_gently_unless_told_otherwise():
+    config, fit = preset("tiny", ["init=somewhere"])
+    assert (fit.lr, fit.weight_decay, config.smoothing) == (1e-5, 0.1, 0)
+    assert preset("tiny", ["init=somewhere", "lora_rank=8"])[1].lr == 1e-4
+    assert preset("tiny", ["lr=0.5", "init=somewhere"])[1].lr == 0.5
+    with pytest.raises(UserError, match="image_size=64 does not go with init: somewhere has its own"):
+        preset("tiny", ["init=somewhere", "image_size=64"])
+
+
+def test_the_manifest_names_the_sizes_of_the_model_that_was_given(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    train_clip(tmp_path / "shards", tmp_path / "base", CONFIG, FIT, device="cpu")
+    tuned = dataclasses.replace(PRESETS["tiny"].clip, init=str(tmp_path / "base"))
+    made = train_clip(tmp_path / "shards", tmp_path / "tuned", tuned, FIT, device="cpu")
+    assert (made.config["image_size"], made.config["text_width"], made.config["context_length"]) == (16, 32, 16)
+
+
+def test_a_locked_tower_gets_no_low_rank_changes_either(tmp_path):
+    tiny.shards(tmp_path / "shards")
+    train_clip(tmp_path / "shards", tmp_path / "base", CONFIG, FIT, device="cpu")
+    tuned = dataclasses.replace(CONFIG, init=str(tmp_path / "base"), lock="image", lora_rank=2)
+    train_clip(tmp_path / "shards", tmp_path / "tuned", tuned, FIT, device="cpu")
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "tuned")
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("visual."))
+    assert not torch.equal(
+        before["transformer.resblocks.0.mlp.c_fc.weight"], after["transformer.resblocks.0.mlp.c_fc.weight"]
+    )
