@@ -19,7 +19,10 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 def main() -> None:
     """Entry point of `unclip`: a UserError is one line and exit code 2, an interrupted training exits 128 + signal."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(run())
+        try:
+            sys.exit(run())
+        except KeyboardInterrupt:  # a second Ctrl-C, while the first one was being answered
+            sys.exit(130)
     from clip_train.ranks import leave
 
     try:

@@ -271,7 +271,7 @@ def _signals() -> Iterator[list[int]]:
     came: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
-        if came:
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(number)
 

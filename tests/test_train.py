@@ -264,6 +264,7 @@ def test_given_weights_are_trained_gently_unless_told_otherwise():
     assert (fit.lr, fit.weight_decay, config.smoothing) == (1e-5, 0.1, 0)
     assert preset("tiny", ["init=somewhere", "lora_rank=8"])[1].lr == 1e-4
     assert preset("tiny", ["lr=0.5", "init=somewhere"])[1].lr == 0.5
+    assert preset("tiny", ["loss=siglip"])[0].smoothing == 0
     with pytest.raises(UserError, match="image_size=64 does not go with init: somewhere has its own"):
         preset("tiny", ["init=somewhere", "image_size=64"])
 
