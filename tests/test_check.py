@@ -246,7 +246,7 @@ def test_the_quick_check_warns_without_decoding(tmp_path, monkeypatch):
 
 def test_of_remote_shards_only_their_number_is_checked(tmp_path):
     spec = "memory://nowhere/{00..03}.tar"
-    assert quick_check(spec, batch_size=8, ranks=4, workers=4) == []
+    assert quick_check(spec, batch_size=8, ranks=4) == []
     assert quick_check(spec, batch_size=8, ranks=8) == [
         "4 shards for 8 ranks: several read the same one at a time; make at least 8"
     ]
