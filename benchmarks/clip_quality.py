@@ -25,9 +25,9 @@ import torch
 
 sys.path.pop(0)  # this folder: a benchmark beside this one has the name of the package
 
-from clip_train import metrics, train  # noqa: E402
+from clip_train import metrics, presets, train  # noqa: E402
 from clip_train.embed import encode_rows, encode_texts  # noqa: E402
-from clip_train.fit import learning_rate  # noqa: E402
+from clip_train.fit import FitConfig, learning_rate  # noqa: E402
 from clip_train.model import Clip, preprocess_config  # noqa: E402
 from clip_train.pictures import Pictures, decode_picture  # noqa: E402
 from clip_train.shards import ShardSet  # noqa: E402
@@ -77,7 +77,6 @@ def retrieval(clip: Clip, spec: str) -> Iterator[tuple[str, metrics.Recall]]:
 def train_ours(options: argparse.Namespace) -> Clip:
     """Our preset; the number of steps follows from the CPU time of its first ones."""
     used, budget = time.process_time(), options.core_minutes * 60
-    config, schedule = train.preset(options.preset, ["steps=1", "minutes=0", *options.settings])
     probe = options.out.with_name(options.out.name + "-probe")
     ticks: list[float] = []
     pairs = ["minutes=0", *options.settings]
@@ -88,14 +87,14 @@ def train_ours(options: argparse.Namespace) -> Clip:
 
     if not options.out.exists() and not options.out.with_name(options.out.name + ".partial").exists():
         train.train_clip(
-            options.train, probe, *train.preset(options.preset, [*pairs, "steps=40"]), device="cpu", on_progress=tick
+            options.train, probe, *presets.preset(options.preset, [*pairs, "steps=40"]), device="cpu", on_progress=tick
         )
         step = float(np.median(np.diff(ticks[5:])))
         steps = int((budget - (time.process_time() - used)) / (step * 1.02))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.with_name(options.out.name + "-steps.json").write_text(json.dumps(steps))
     steps = json.loads(options.out.with_name(options.out.name + "-steps.json").read_text())
-    config, schedule = train.preset(options.preset, [*pairs, f"steps={steps}"])
+    config, schedule = presets.preset(options.preset, [*pairs, f"steps={steps}"])
     made = train.train_clip(options.train, options.out, config, schedule, device="cpu")
     print(
         f"{time.process_time() - used:.0f} CPU seconds (a probe of 40 steps included), {made.result['steps']} steps, "
@@ -130,7 +129,7 @@ def train_peer(shards: str, budget: float) -> Clip:
         read = [samples.read(row) for row in rows.tolist()]
         pixels = torch.stack([transform(decode_picture(sample.image)) for sample in read])
         tokens = tokenizer([sample.captions[rng.integers(len(sample.captions))] for sample in read])
-        schedule = train.FitConfig(steps=100_000, lr=1e-3, min_lr=0.0)
+        schedule = FitConfig(steps=100_000, lr=1e-3, min_lr=0.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(int(done * 100_000), schedule)
         optimizer.zero_grad()

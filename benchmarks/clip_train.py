@@ -48,7 +48,7 @@ def model_config(name: str) -> dict[str, Any]:
     """open_clip's model_cfg of a model here, or of a preset."""
     if name in MODELS:
         return MODELS[name]
-    from clip_train.train import preset
+    from clip_train.presets import preset
 
     return preset(name)[0].model_config()
 

@@ -32,7 +32,8 @@ from clip_train.augment import augment
 from clip_train.captions import CaptionedBatches, CaptionTable
 from clip_train.model import Clip, preprocess_config
 from clip_train.pictures import Batches, Pictures, decode_picture, to_pixels, training_pixels
-from clip_train.shards import Sample, ShardSet, write_shards
+from clip_train.sample import Sample
+from clip_train.shards import ShardSet, write_shards
 
 SIZE, BATCH, CONTEXT = 64, 128, 32
 FORMATS = {

@@ -25,8 +25,9 @@ from clip_train.duplicates import PLAIN, colour_grid, group_pictures, perceptual
 from clip_train.folder import write_file
 from clip_train.ingest import picture_kind
 from clip_train.pictures import PictureError, decode_picture
+from clip_train.sample import PICTURES, captions_of, json_object, why_no_caption
 from clip_train.settings import Progress, UserError
-from clip_train.shards import PICTURES, ShardSet, _captions, _json_object, _why_no_caption, list_shards
+from clip_train.shards import ShardSet, list_shards
 from clip_train.stream import count_urls, is_remote
 from clip_train.tars import Span, read_members, read_span
 
@@ -115,7 +116,7 @@ class _Samples:
         self.problems.setdefault(problem, []).append(where)
 
     def captions(self, row: int) -> list[str]:
-        return _captions(self._part(row, 1), _json_object(self._part(row, 2)))
+        return captions_of(self._part(row, 1), json_object(self._part(row, 2)))
 
     def picture(self, row: int) -> bytes:
         return self._part(row, 0) or b""
@@ -192,7 +193,7 @@ def _add(samples: _Samples, tar: int, key: str, parts: dict[str, Span]) -> None:
         samples.note("samples without a picture", f"{where}: {' '.join(f'.{suffix}' for suffix in parts)}")
         return
     text, meta = (read_span(samples.paths[tar], parts[s]) if s in parts else None for s in ("txt", "json"))
-    why = _why_no_caption(text, meta)
+    why = why_no_caption(text, meta)
     if why == "no caption" and not {"txt", "json"} & parts.keys():
         where += f": {' '.join(f'.{suffix}' for suffix in parts)}"
     if why:
@@ -203,7 +204,7 @@ def _add(samples: _Samples, tar: int, key: str, parts: dict[str, Span]) -> None:
     samples.tar.append(tar)
     for span in (picture, parts.get("txt"), parts.get("json")):
         samples.spans.extend(span or (-1, -1))
-    for caption in _captions(text, _json_object(meta)):
+    for caption in captions_of(text, json_object(meta)):
         samples.texts.append(text_id(caption))
         samples.speaker.append(row)
         samples.length.append(len(caption))

@@ -17,8 +17,9 @@ from clip_train.model import Clip
 from clip_train.objective import ClipObjective
 from clip_train.pictures import PictureError, decode_picture, training_pixels
 from clip_train.precision import autocast
+from clip_train.sample import Sample
 from clip_train.settings import Progress, UserError
-from clip_train.shards import Sample, ShardSet
+from clip_train.shards import ShardSet
 from clip_train.stream import BrokenShard, is_remote, list_urls, read_shard
 
 STAGES = {  # in the order in which a sample goes through them

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from clip_train.folder import Manifest, Workspace, write_file
 from clip_train.pictures import decode_picture
+from clip_train.sample import Sample
 from clip_train.settings import Progress, UserError
-from clip_train.shards import Sample, write_shards
+from clip_train.shards import write_shards
 
 SPLITS = ("train", "recombined", "unseen")
 UNSEEN, RECOMBINED = 200, 150  # pictures to hold out, about

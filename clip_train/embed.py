@@ -19,8 +19,9 @@ import torch
 from clip_train.folder import Input, Manifest, Workspace, write_file
 from clip_train.model import Clip
 from clip_train.pictures import PictureError, Pictures, decode_picture, to_pixels
+from clip_train.sample import Sample
 from clip_train.settings import Progress, UserError
-from clip_train.shards import Sample, ShardSet
+from clip_train.shards import ShardSet
 from clip_train.store import EmbeddingWriter, first_not_unit
 
 Decoded = tuple[Sample, torch.Tensor | PictureError]

@@ -24,8 +24,9 @@ from PIL import Image
 from clip_train.fetch import FetchConfig, FetchError, fetch
 from clip_train.folder import Input, Manifest, Workspace, fingerprint_json, write_file
 from clip_train.pictures import decode_picture
+from clip_train.sample import Sample
 from clip_train.settings import Progress, UserError
-from clip_train.shards import Sample, write_shard
+from clip_train.shards import write_shard
 from clip_train.sources import Columns, InTar, Row, Source, Web, is_json, open_source
 from clip_train.tars import read_span
 

@@ -15,55 +15,24 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clip_train.folder import fingerprint_json
+from clip_train.sample import NO_CAPTION, PICTURES, Sample, captions_of, json_object, label_of, why_no_caption
 from clip_train.settings import Progress, UserError
+from clip_train.tars import Span, read_members
 
 if TYPE_CHECKING:
     from PIL import Image
 
-PICTURES = ("jpg", "jpeg", "png", "webp")  # suffixes of pictures; the first that a sample has is its picture
 INDEX_VERSION = 2
 # a sample's numbers in the index: where its files lie in the tar (-1: it has none), and what its picture is
 PICTURE, TXT, JSON, CLS, EXT, CRC32 = 0, 2, 4, 6, 8, 9  # offset and size, four times; which of PICTURES; its crc32
 NUMBERS = 10
 OPEN_TARS = 128  # that a process keeps open at once
-NO_CAPTION = "no caption"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One captioned picture. `image` is the picture file as it is, `ext` its kind; `meta` is the sample's json."""
-
-    key: str
-    image: bytes = field(repr=False)
-    ext: str
-    captions: list[str]  # the first is the one that KEY.txt holds
-    meta: dict[str, Any] = field(default_factory=dict)
-    cls: bytes | None = field(default=None, repr=False)  # KEY.cls as it was read; it is not written
-
-    @property
-    def caption(self) -> str:
-        return self.captions[0]
-
-    def label(self, field: str = "label") -> str | None:
-        return label_of(self.meta, self.cls, field)
-
-
-def label_of(meta: dict[str, Any], cls: bytes | None, field: str) -> str | None:
-    """One field of a sample's json as text, None if it has none: equal labels mark pictures of the same thing.
-
-    The field "cls" is the text of KEY.cls where there is one.
-    """
-    if field == "cls" and cls is not None:
-        return cls.decode(errors="replace").strip()
-    value = meta.get(field)
-    return None if value is None else str(value)
 
 
 def list_shards(spec: str | Path) -> list[Path]:
@@ -188,9 +157,9 @@ class ShardSet:
     def read(self, i: int) -> Sample:
         """Sample i: the picture's bytes, all its captions and its json. The picture is not decoded here."""
         image, text, meta, cls = self._parts(i, PICTURE, TXT, JSON, CLS)
-        meta = _json_object(meta)
+        meta = json_object(meta)
         ext = PICTURES[self._spans[i, EXT]]
-        return Sample(key=self.keys[i], image=image, ext=ext, captions=_captions(text, meta), meta=meta, cls=cls)
+        return Sample(key=self.keys[i], image=image, ext=ext, captions=captions_of(text, meta), meta=meta, cls=cls)
 
     def picture(self, i: int) -> bytes:
         """Sample i's picture file."""
@@ -217,13 +186,13 @@ class ShardSet:
     def about(self, i: int, field: str = "label") -> tuple[list[str], str | None]:
         """Sample i's captions and its label, in one reading."""
         text, meta, cls = self._parts(i, TXT, JSON, CLS)
-        meta = _json_object(meta)
-        return _captions(text, meta), label_of(meta, cls, field)
+        meta = json_object(meta)
+        return captions_of(text, meta), label_of(meta, cls, field)
 
     def label(self, i: int, field: str = "label") -> str | None:
         """Sample i's label; see label_of()."""
         meta, cls = self._parts(i, JSON, CLS)
-        return label_of(_json_object(meta), cls, field)
+        return label_of(json_object(meta), cls, field)
 
     def damaged(self, on_progress: Progress | None = None) -> list[tuple[str, str]]:
         """(key, reason) of the samples whose bytes are not those that were indexed, though the tar looks unchanged.
@@ -306,19 +275,6 @@ class _Places:
         return None
 
 
-def _captions(text: bytes | None, meta: dict[str, Any]) -> list[str]:
-    listed = meta.get("captions")
-    said = [text.decode("utf-8-sig") if text else None, meta.get("caption"), *(listed if type(listed) is list else [])]
-    return list(dict.fromkeys(s.strip() for s in said if isinstance(s, str) and s.strip()))
-
-
-def _json_object(data: bytes | None) -> dict[str, Any]:
-    meta = json.loads(data) if data is not None else {}
-    if not isinstance(meta, dict):
-        raise ValueError("not a json object")
-    return meta
-
-
 def _nothing_usable(spec: str | Path, tars: int, skipped: list[tuple[str, str]], suffixes: Counter) -> str:
     if not suffixes:
         return f"{spec}: no samples in {tars} tar file{'s' * (tars != 1)}: all are empty"
@@ -386,7 +342,7 @@ def _build_index(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        samples = _group_members(path, file)
+        samples = _members(path)
         keys, rows, mute, blind = [], [], [], []
         for key, parts in samples.items():
             ext = next((n for n, suffix in enumerate(PICTURES) if suffix in parts), 0)
@@ -395,7 +351,7 @@ def _build_index(path: Path) -> dict[str, Any]:
                 blind.append(key)
                 continue
             image, *said = [None if span is None else os.pread(file.fileno(), span[1], span[0]) for span in which[:3]]
-            if reason := _why_no_caption(*said):
+            if reason := why_no_caption(*said):
                 mute.append((len(keys), reason))
             keys.append(key)
             rows.append([n for span in which for n in span or (-1, -1)] + [ext, zlib.crc32(image)])
@@ -420,60 +376,17 @@ def _numbers(index: dict[str, Any]) -> np.ndarray:
     return numbers.astype(np.int64).reshape(len(index["keys"]), NUMBERS)
 
 
-def _why_no_caption(text: bytes | None, meta: bytes | None) -> str | None:
-    try:
-        captions = _captions(text, _json_object(meta))
-        "".join(captions).encode()  # json can hold half a surrogate pair
-        return None if captions else NO_CAPTION
-    except UnicodeError:
-        return "caption is not UTF-8"
-    except (ValueError, RecursionError):
-        return "json cannot be read"
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's name -> key and suffix, as webdataset splits it; ("", "") if it has no key or no suffix.
-
-    The key is the name up to the first dot of its last part, directories included; the suffix the rest in lower case.
-    """
-    folder, slash, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    return (folder + slash + stem, suffix.lower()) if stem and dot else ("", "")
-
-
-def _group_members(path: Path, file: IO[bytes]) -> dict[str, dict[str, tuple[int, int]]]:
-    """{key: {suffix: (offset, size)}} of the regular files in a tar, in tar order.
-
-    The names stay strings: nothing is ever written to a path that a tar names.
-    """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    file.seek(0)
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                key, suffix = split_name(member.name)
-                if not (member.isreg() and key) or member.issparse():
-                    continue
-                parts = samples.setdefault(key, {})
-                if suffix in parts:
-                    raise UserError(f"{path} holds {member.name} twice; make it again with keys that differ")
-                parts[suffix] = (member.offset_data, member.size)
-            end = tar.offset
-        whole = _is_end_of_tar(file, end)
-    except tarfile.TarError:
-        whole = False
-    if not whole:
+def _members(path: Path) -> dict[str, dict[str, Span]]:
+    """{key: {suffix: span}} of a tar; UserError if it is damaged or holds a name twice."""
+    found = read_members(path)
+    if found.twice:
+        raise UserError(f"{path} holds {found.twice[0]} twice; make it again with keys that differ")
+    if found.damage:
+        samples = len(found.samples)
         raise UserError(
-            f"{path} is cut short or damaged: only {len(samples)} samples could be read; make or download it again"
+            f"{path} is cut short or damaged: only {samples} samples could be read; make or download it again"
         )
-    return samples
-
-
-def _is_end_of_tar(file: IO[bytes], offset: int) -> bool:
-    """Whether the block of zeros that ends a tar is there: at a broken or missing header, tarfile stops in silence."""
-    file.seek(offset)
-    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    return found.samples
 
 
 # Writing

@@ -37,17 +37,10 @@ from clip_train.captions import check_mix, group_id, pick_caption, text_id, unif
 from clip_train.folder import fingerprint_json
 from clip_train.model import Clip
 from clip_train.pictures import PictureError, pixels_of
+from clip_train.sample import PICTURES, Sample, captions_of, json_object, why_no_caption
 from clip_train.settings import UserError
-from clip_train.shards import (
-    PICTURES,
-    Sample,
-    _captions,
-    _json_object,
-    _why_no_caption,
-    expand_braces,
-    list_shards,
-    split_name,
-)
+from clip_train.shards import expand_braces, list_shards
+from clip_train.tars import split_name
 
 _URL = re.compile(r"pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://")
 STAND_INS = 8  # samples after a batch that may stand in for bad ones of it
@@ -217,10 +210,10 @@ def _sample(key: str, parts: dict[str, bytes]) -> Sample | tuple[str, str]:
     if ext is None:
         return key, "no picture"
     text, meta = parts.get("txt"), parts.get("json")
-    if reason := _why_no_caption(text, meta):
+    if reason := why_no_caption(text, meta):
         return key, reason
-    meta = _json_object(meta)
-    return Sample(key=key, image=parts[ext], ext=ext, captions=_captions(text, meta), meta=meta, cls=parts.get("cls"))
+    meta = json_object(meta)
+    return Sample(key=key, image=parts[ext], ext=ext, captions=captions_of(text, meta), meta=meta, cls=parts.get("cls"))
 
 
 def _steadily(url: str, retries: int) -> Iterator[Sample | tuple[str, str]]:

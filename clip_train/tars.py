@@ -5,8 +5,6 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_train.shards import split_name
-
 Span = tuple[int, int]  # offset and size in bytes of a member's contents in its tar
 
 
@@ -14,7 +12,7 @@ Span = tuple[int, int]  # offset and size in bytes of a member's contents in its
 class TarMembers:
     """What one tar holds.
 
-    samples: {key: {suffix: span}} of its regular files in tar order, grouped as webdataset does (shards.split_name).
+    samples: {key: {suffix: span}} of its regular files in tar order, grouped as webdataset does (see split_name).
     twice: names that came again (their first span is kept). apart: keys whose members do not lie together, which
     readers that stream take for two samples. other: names that are no sample's (no suffix, a link). damage: why the
     tar could not be read to its end, "" if it could.
@@ -75,3 +73,13 @@ def read_span(path: str | Path, span: Span) -> bytes:
     """The contents of one member. OSError if the tar cannot be read (any more)."""
     with open(path, "rb", buffering=0) as file:
         return os.pread(file.fileno(), span[1], span[0])
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name -> key and suffix, as webdataset splits it; ("", "") if it has no key or no suffix.
+
+    The key is the name up to the first dot of its last part, directories included; the suffix the rest in lower case.
+    """
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else ("", "")

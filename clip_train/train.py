@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,11 @@ from clip_train.lora import add_lora, merge_lora
 from clip_train.memory import keep_freed_memory
 from clip_train.model import Clip, preprocess_config
 from clip_train.objective import LOSSES, ClipObjective
-from clip_train.settings import Progress, UserError, config_to_json, override
+from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.track import curves, open_trackers
 from clip_train.watch import Watcher
 
 SIGMOID_START = {"init_logit_scale": float(np.log(10)), "init_logit_bias": -10.0}  # arXiv 2303.15343, section 3.2
-
-MODEL_FIELDS = {
-    "vision",
-    "image_size",
-    "embed_dim",
-    "text_width",
-    "text_layers",
-    "text_heads",
-    "context_length",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,80 +118,6 @@ class ClipConfig:
             },
             **(SIGMOID_START if self.loss == "siglip" else {}),
         }
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model and a schedule that belong together, and what they are for."""
-
-    about: str
-    clip: ClipConfig
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1))
-
-
-PRESETS = {
-    # python benchmarks/clip_quality.py --preset tiny --core-minutes 40, 14,319 emoji: recall@1 .91 on new drawings of
-    # trained concepts, recall@10 .43 on untrained ones; benchmarks/results/clip-quality-2026-11-21.md
-    "tiny": Preset(
-        "CPU, minutes: convolutional tower at 48 px, one-layer text tower",
-        ClipConfig(
-            vision={"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"},
-            image_size=48,
-            text_width=256,
-            text_layers=1,
-            text_heads=4,
-            context_length=24,
-            smoothing=0.2,
-        ),
-        FitConfig(minutes=20.0, batch_size=256, lr=2e-3, weight_decay=0.5, ema=0.99),
-    ),
-    # unclip train clip --preset small; no score: no GPU has been lent to this project yet
-    "small": Preset(
-        "one GPU, an hour: ResNet-50 at 96 px, six-layer text tower",
-        ClipConfig(
-            vision={"timm_model_name": "resnet50d", "timm_pool": "avg", "timm_proj": "linear"},
-            image_size=96,
-            text_width=512,
-            text_heads=8,
-            text_layers=6,
-            context_length=48,
-            workers=8,
-            cache_gb=16.0,
-        ),
-        FitConfig(minutes=60.0, batch_size=1024, lr=1e-3, weight_decay=0.1),
-    ),
-    # torchrun --nproc-per-node 8 --no-python unclip train clip --preset vit-b-32; open_clip reached 62.9 % on ImageNet
-    # with this model on LAION-400M (4,600 A100-hours); not run here
-    "vit-b-32": Preset(
-        "cluster: ViT-B/32 at 224 px, as OpenAI and LAION trained it",
-        ClipConfig(
-            vision={"layers": 12, "width": 768, "patch_size": 32},
-            image_size=224,
-            text_width=512,
-            text_heads=8,
-            text_layers=12,
-            context_length=77,
-            augment=0.3,
-            workers=8,
-        ),
-        FitConfig(steps=390_000, batch_size=32_768, lr=5e-4, warmup=0.005, weight_decay=0.2),
-    ),
-    # the same with --preset vit-b-16: 67.1 % there (10,700 A100-hours); not run here
-    "vit-b-16": Preset(
-        "cluster: ViT-B/16 at 224 px, as OpenAI and LAION trained it",
-        ClipConfig(
-            vision={"layers": 12, "width": 768, "patch_size": 16},
-            image_size=224,
-            text_width=512,
-            text_heads=8,
-            text_layers=12,
-            context_length=77,
-            augment=0.3,
-            workers=8,
-        ),
-        FitConfig(steps=390_000, batch_size=32_768, lr=5e-4, warmup=0.005, weight_decay=0.2),
-    ),
-}
 
 
 def dry_run(
@@ -310,9 +226,7 @@ class Watched:
         if d:
             own = (own - d * numbers["distill"]) / (1 - d)
         ids = batch["group"], batch["caption"]
-        seen, warnings = self.watcher(
-            self._step, own, numbers["scale"], image, text, chance=float(numbers["chance"]), ids=ids
-        )
+        seen, warnings = self.watcher(self._step, own, numbers["scale"], image, text, chance=numbers["chance"], ids=ids)
         if ranks.is_main():
             for line in warnings:
                 self.on_warning(line)
@@ -379,8 +293,9 @@ def train_clip(
         keep_freed_memory()
     sources = open_sources([shards] if isinstance(shards, str | Path) else list(shards), weights, allow_http)
     inputs = {"shards": as_input(sources)}
-    clip, teacher = build(config, fit_config.seed), Clip.pretrained(config.teacher) if config.teacher else None
-    settings = config_to_json(as_built(config, clip)) | {"fit": config_to_json(fit_config)}
+    teacher = Clip.pretrained(config.teacher) if config.teacher else None
+    clip = build(config, fit_config.seed) if config.init else None
+    settings = config_to_json(as_built(config, clip) if clip else config) | {"fit": config_to_json(fit_config)}
     if len(sources) > 1:
         settings["mix"] = list(weights)
     for name, spec, found in (("init", config.init, clip), ("teacher", config.teacher, teacher)):
@@ -390,6 +305,7 @@ def train_clip(
     if work.done:
         return work.done
 
+    clip = clip or build(config, fit_config.seed)
     warn = on_warning or (lambda line: None)
     for source, weight in zip(sources, weights or [1.0], strict=True):
         share = int(fit_config.batch_size * weight / sum(weights or [1.0]))
@@ -469,21 +385,3 @@ def train_clip(
         }
         manifest = work.publish(summary)
     return ranks.broadcast(manifest)
-
-
-def preset(name: str, pairs: Sequence[str] = ()) -> tuple[ClipConfig, FitConfig]:
-    """A preset's two configs with --set pairs applied; with init, a schedule for weights that were trained before."""
-    if name not in PRESETS:
-        raise UserError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
-    named = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    if named.get("loss") == "siglip":  # it has no targets to smooth
-        pairs = ["smoothing=0", *pairs]
-    if named.get("init"):
-        own = sorted(set(named) & MODEL_FIELDS)
-        if own:
-            raise UserError(
-                f"{own[0]}={named[own[0]]} does not go with init: {named['init']} has its own; leave it out"
-            )
-        rate = 1e-4 if named.get("lora_rank", "0") != "0" else 1e-5
-        pairs = [f"lr={rate}", "weight_decay=0.1", "smoothing=0", *pairs]
-    return tuple(override([PRESETS[name].clip, PRESETS[name].fit], pairs))

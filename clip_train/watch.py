@@ -188,22 +188,22 @@ class Watcher:
         image_rows: torch.Tensor,
         text_rows: torch.Tensor,
         *,
-        chance: float | None = None,
+        chance: float | torch.Tensor | None = None,
         ids: Sequence[torch.Tensor] = (),
     ) -> tuple[dict[str, float], list[str]]:
         """What the rows of `step` are like, and what the user should know; both empty between looks.
 
-        loss: of the step, in nats. scale: the logit scale, 1 / temperature. Both may be detached tensors: between looks
-        they are not read, so that no GPU is waited for. image_rows, text_rows: (b, D), unit rows of this rank.
-        chance: the loss of knowing nothing; None: ln batch_size. ids: (b,) each, as for same_caption.
+        loss: of the step, in nats. scale: the logit scale, 1 / temperature. chance: the loss of knowing nothing; None:
+        ln batch_size. These may be detached tensors: between looks they are not read, so that no GPU is waited for.
+        image_rows, text_rows: (b, D), unit rows of this rank. ids: (b,) each, as for same_caption.
         Returns: numbers named in NUMBERS, and warnings of one line.
         """
-        chance = chance or math.log(self.batch_size)
         self._recent = [*self._recent[-4:], loss]
         if step < self._next:
             return {}, []
         self._next = step + self.every
 
+        chance = math.log(self.batch_size) if chance is None else float(chance)
         middle = sorted(float(loss) for loss in self._recent)[len(self._recent) // 2]
         self._best = min(self._best, (middle / chance, step))
         rows = _rows(image_rows, text_rows)

@@ -25,7 +25,7 @@ from diffusion import decoder as decoder_side
 from diffusion.denoiser import Denoiser
 from diffusion.guidance import clamped, classifier_free
 from diffusion.prior import PriorDenoiser, sample_prior
-from diffusion.samplers import SAMPLERS, SampleNoise, sample
+from diffusion.samplers import SAMPLERS, OnStep, SampleNoise, sample
 from diffusion.schedule import GRIDS
 from diffusion.train import load_decoder, load_prior
 
@@ -141,13 +141,17 @@ class Generator:
         *,
         batch_size: int = 16,
         on_progress: Progress | None = None,
+        on_step: OnStep = None,
     ) -> list[Generated]:
-        """One picture per caption: text -> CLIP -> prior -> decoder. seeds: 0, 1, 2, ... by default."""
+        """One picture per caption: text -> CLIP -> prior -> decoder. seeds: 0, 1, 2, ... by default.
+
+        on_step(step, denoised): the decoder's guess of the pictures, (B, 3, S, S) in [-1, 1], after each step.
+        """
         how = how or Sampling()
         seeds = _seeds(seeds, len(captions))
         rows = self.image_embeddings(captions, seeds, how)
         records = [{"caption": caption} for caption in captions]
-        return list(self._drawn(rows, captions, records, seeds, how, batch_size, on_progress))
+        return list(self._drawn(rows, captions, records, seeds, how, batch_size, on_progress, on_step))
 
     def from_embeddings(
         self,
@@ -157,8 +161,9 @@ class Generator:
         *,
         batch_size: int = 16,
         on_progress: Progress | None = None,
+        on_step: OnStep = None,
     ) -> list[Generated]:
-        """One picture per CLIP image embedding, (N, D); they need not be unit rows."""
+        """One picture per CLIP image embedding, (N, D); they need not be unit rows. on_step: see from_captions."""
         how = how or Sampling()
         rows = rows.cpu().float() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, np.float32))
         wide = self.decoder.network.config.embed_dim
@@ -168,7 +173,7 @@ class Generator:
             raise UserError("embeddings must be finite and not all zero")
         rows = F.normalize(rows, dim=-1)
         records = [{"embedding": base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()} for row in rows]
-        return list(self._drawn(rows, None, records, _seeds(seeds, len(rows)), how, batch_size, on_progress))
+        return list(self._drawn(rows, None, records, _seeds(seeds, len(rows)), how, batch_size, on_progress, on_step))
 
     @torch.no_grad()
     def image_embeddings(
@@ -224,11 +229,12 @@ class Generator:
         how: Sampling,
         batch_size: int,
         on_progress: Progress | None,
+        on_step: OnStep,
     ) -> Iterator[Generated]:
         how = replace(how, precision=resolved_precision(how.precision, self.device))
         for start in range(0, len(rows), batch_size):
             some = slice(start, start + batch_size)
-            pixels = self._pixels(rows[some], captions[some] if captions else None, seeds[some], how)
+            pixels = self._pixels(rows[some], captions[some] if captions else None, seeds[some], how, on_step)
             for picture, record, seed in zip(pixels, records[some], seeds[some], strict=True):
                 known = {
                     name: self.fingerprints[name]
@@ -250,7 +256,9 @@ class Generator:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
 
     @torch.no_grad()
-    def _pixels(self, rows: Tensor, captions: Sequence[str] | None, seeds: Sequence[int], how: Sampling) -> np.ndarray:
+    def _pixels(
+        self, rows: Tensor, captions: Sequence[str] | None, seeds: Sequence[int], how: Sampling, on_step: OnStep
+    ) -> np.ndarray:
         """(B, S, S, 3) uint8."""
         config = self.decoder.network.config
         text = self.clip.text_states(list(captions)) if captions and config.text and self.clip else ()
@@ -262,8 +270,13 @@ class Generator:
         noise = SampleNoise(seeds, (3, config.image_size, config.image_size), self.device, stream=1)
         sigmas = GRIDS[how.grid](how.steps, how.sigma_min, how.sigma_max)
         with autocast(how.precision, self.device):
-            x0 = sample(how.sampler, denoise, sigmas, noise, eta=how.eta)
-        return ((x0.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            x0 = sample(how.sampler, denoise, sigmas, noise, eta=how.eta, on_step=on_step)
+        return to_pixels(x0)
+
+
+def to_pixels(x0: Tensor) -> np.ndarray:
+    """Pictures (B, 3, S, S) in [-1, 1] as (B, S, S, 3) uint8."""
+    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_png(picture: Image.Image, path: Path | str, provenance: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clip_train import metrics, ranks, train
+from clip_train import metrics, presets, ranks, train
 from clip_train.demo import write_demo
 from clip_train.embed import embed
 from clip_train.folder import read_manifest, write_file
@@ -68,7 +68,7 @@ def run_quickstart(
 
     with stages("train clip", "pictures and captions into one space"):
         pairs = [f"minutes={minutes * SHARES['clip']}", "steps=0", f"seed={seed}", *CLIP_SETTINGS]
-        config, fit_config = train.preset("tiny", pairs)
+        config, fit_config = presets.preset("tiny", pairs)
         made = train.train_clip(
             data / "train", clip, config, fit_config, device=str(place), on_progress=bars("train clip")
         )

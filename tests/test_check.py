@@ -11,8 +11,9 @@ from PIL import Image
 import cli
 from clip_train import check
 from clip_train.check import check_shards, duplicate_sheet, quick_check
+from clip_train.sample import Sample
 from clip_train.settings import UserError
-from clip_train.shards import Sample, ShardSet, write_shards
+from clip_train.shards import ShardSet, write_shards
 
 
 def picture(seed, size=(64, 48), kind="PNG"):

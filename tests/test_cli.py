@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from clip_train import console
 from clip_train.settings import Interrupted, UserError
 
 
@@ -110,12 +111,12 @@ def test_a_command_that_cannot_run_says_why_in_one_line(tmp_path, monkeypatch, c
 
 
 def test_a_table_lines_up_its_columns(capsys):
-    cli.print_table(("rank", "caption"), [(1, "a"), (10, "two\nlines")])
+    console.print_table(("rank", "caption"), [(1, "a"), (10, "two\nlines")])
     assert capsys.readouterr().out == "rank  caption\n1     a\n10    two lines\n"
 
 
 def test_progress_bars_show_the_rate_and_end_when_done(capsys):
-    bars = cli.Bars("work")
+    bars = console.Bars("work")
     bars(1, 400, loss=0.5)
     first = bars.bar
     for i in range(2, 400):
@@ -143,13 +144,13 @@ def test_ctrl_c_in_the_middle_of_a_command_is_one_line_and_130(monkeypatch, caps
 
 def test_only_the_main_rank_talks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    cli.say("hello")
-    cli.Bars("work")(1, 2)
+    console.say("hello")
+    console.Bars("work")(1, 2)
     assert capsys.readouterr().err == ""
 
 
 def test_a_message_stands_on_a_line_of_its_own_below_a_bar_that_was_still_moving(capsys):
-    bars = cli.Bars("work")
+    bars = console.Bars("work")
     bars(1, 400)
-    cli.say("unclip: it broke")
+    console.say("unclip: it broke")
     assert capsys.readouterr().err.endswith("\nunclip: it broke\n") and bars.bar is None

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 import cli
 from clip_train.databench import STAGES, bench, conclusions
 from clip_train.model import Clip
+from clip_train.sample import Sample
 from clip_train.settings import UserError
-from clip_train.shards import Sample, write_shard
+from clip_train.shards import write_shard
 
 TIMES = {"read": 10.0, "decode": 90.0, "tokenise": 50.0, "move": 1.0, "forward": 100.0, "backward": 199.0}
 FIGURES = {

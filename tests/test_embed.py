@@ -12,8 +12,9 @@ from clip_train.embed import embed, encode_rows, encode_texts
 from clip_train.folder import read_manifest
 from clip_train.model import Clip
 from clip_train.pictures import Pictures
+from clip_train.sample import Sample
 from clip_train.settings import UserError
-from clip_train.shards import Sample, ShardSet, write_shard, write_shards
+from clip_train.shards import ShardSet, write_shard, write_shards
 from clip_train.store import EmbeddingStore
 
 

@@ -9,8 +9,9 @@ from clip_train import estimate as module
 from clip_train.estimate import count_flops, count_parameters, estimate, matmul_rate, render
 from clip_train.fit import FitConfig
 from clip_train.model import Clip, preprocess_config
+from clip_train.presets import PRESETS
 from clip_train.settings import UserError
-from clip_train.train import PRESETS, ClipConfig
+from clip_train.train import ClipConfig
 
 CONFIG = ClipConfig(
     vision={"layers": 2, "width": 32, "head_width": 16, "patch_size": 8},

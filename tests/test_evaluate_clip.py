@@ -9,11 +9,12 @@ import torch
 from click.testing import CliRunner
 
 import cli
-from clip_train import calibration, evaluate
+from clip_train import calibration, console, evaluate
 from clip_train.evaluate import Validation, embed_shards, evaluate_clip
 from clip_train.model import Clip
+from clip_train.sample import Sample
 from clip_train.settings import UserError
-from clip_train.shards import Sample, ShardSet, write_shards
+from clip_train.shards import ShardSet, write_shards
 
 LETTERS = "abcdefghijklmnopqrst"
 WORDS = ["sign", "face", "hat", "fox", "owl", "hen", "bow"]
@@ -247,10 +248,10 @@ def test_arithmetic_ranks_the_words_of_the_captions_or_of_a_file(world, tmp_path
 
 def test_a_terminal_gets_tables_and_a_pipe_json(world, monkeypatch, capsys):
     found = evaluate_clip(world / "shards", world / "clip", captions="all", calibrate=True)
-    cli.write_figures(found, None, evaluate.tables(found))
+    console.write_figures(found, None, evaluate.tables(found))
     assert json.loads(capsys.readouterr().out) == found
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    cli.write_figures(found, None, evaluate.tables(found))
+    console.write_figures(found, None, evaluate.tables(found))
     shown = capsys.readouterr().out
     for words in (
         "40 pictures, 100 captions, 20 labels",

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from clip_train.pictures import Batches, PictureError, Pictures, decode_picture, to_pixels, training_pixels
+from clip_train.sample import Sample
 from clip_train.settings import UserError
-from clip_train.shards import Sample, ShardSet, write_shards
+from clip_train.shards import ShardSet, write_shards
 
 
 def saved(picture, kind="PNG", **how):

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from clip_train.pictures import PictureError
+from clip_train.sample import Sample
 from clip_train.settings import UserError
-from clip_train.shards import Sample, ShardSet, list_shards, write_shards
+from clip_train.shards import ShardSet, list_shards, write_shards
 
 
 def png(color="red", size=(8, 6)):

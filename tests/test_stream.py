@@ -20,8 +20,9 @@ import torch
 from clip_train.captions import CaptionTable, text_id
 from clip_train.model import Clip
 from clip_train.pictures import to_pixels
+from clip_train.sample import Sample
 from clip_train.settings import UserError
-from clip_train.shards import Sample, ShardSet, write_shard
+from clip_train.shards import ShardSet, write_shard
 from clip_train.stream import BrokenShard, StreamBatches, is_remote, list_urls, read_shard
 
 SIZES = (7, 1, 12, 0, 5, 9)  # samples of each shard: unequal, one empty

@@ -14,9 +14,10 @@ from clip_train.fit import FitConfig
 from clip_train.folder import read_manifest
 from clip_train.model import Clip, preprocess_config
 from clip_train.pictures import Pictures
+from clip_train.presets import PRESETS, preset
 from clip_train.settings import UserError
 from clip_train.shards import write_shards
-from clip_train.train import PRESETS, ClipConfig, Kept, preset, train_clip
+from clip_train.train import ClipConfig, Kept, train_clip
 
 VIT = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
 CONFIG = ClipConfig(

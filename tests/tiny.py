@@ -11,7 +11,8 @@ from PIL import Image
 
 from clip_train.folder import Input, Manifest, Workspace
 from clip_train.model import Clip, preprocess_config
-from clip_train.shards import Sample, write_shards
+from clip_train.sample import Sample
+from clip_train.shards import write_shards
 from clip_train.store import EmbeddingWriter
 
 
