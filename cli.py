@@ -105,12 +105,21 @@ COMMANDS = {
         clip_commands.embed,
         retrieval_commands.index,
         retrieval_commands.search,
+        retrieval_commands.dedup,
+        retrieval_commands.cluster,
+        retrieval_commands.classify,
+        retrieval_commands.serve,
         diffusion_commands.generate,
         diffusion_commands.quickstart,
     ],
     data: [clip_commands.data_check, clip_commands.data_bench],
     train: [clip_commands.train_clip, diffusion_commands.train_prior, diffusion_commands.train_decoder],
     evaluate: [clip_commands.evaluate_clip, diffusion_commands.evaluate_prior, diffusion_commands.evaluate_loop],
+    retrieval_commands.index: [
+        retrieval_commands.index_add,
+        retrieval_commands.index_delete,
+        retrieval_commands.index_compact,
+    ],
     export: [clip_commands.export_hf, clip_commands.export_onnx],
 }
 for group, commands in COMMANDS.items():

@@ -3,6 +3,7 @@
 Each parses, calls one function, and says what to do next. Heavy imports are inside, so that --help answers at once.
 """
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -294,22 +295,50 @@ def wise_ft(
 
 @click.command(context_settings=CONTEXT)
 @click.option("--shards", required=True, help="Folder of tars, a tar, a glob or a {000..010} range; join with '::'.")
-@click.option("--clip", required=True, type=click.Path(path_type=Path), help="CLIP folder.")
+@click.option("--clip", required=True, help="CLIP folder, or open_clip's MODEL:TAG, as ViT-B-32:laion2b_s34b_b79k.")
 @out_option("emb")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes; of Ray, actors.")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "local", "ranks", "ray"]),
+    help="ranks: this rank's share of the shards (torchrun, SLURM array). auto: ranks if there are any, else local.",
+)
+@click.option("--precision", default="auto", show_default=True, help="fp32, bf16, fp16; auto: bf16 if the rows allow.")
+@click.option("--compile", is_flag=True, help="Translate the image tower by torch.compile first (about a minute).")
 @device_option
-def embed(shards: str, clip: Path, out: Path, batch_size: int, device: str) -> None:
+def embed(shards: str, clip: str, out: Path, engine: str, device: str, **options: Any) -> None:
     """Embed every picture and caption of the shards, one part per shard; finished parts are not made again.
 
     \b
     Example:  unclip embed --shards shards --clip clip --out emb
+    On a GPU: unclip embed --shards 'S/{00000..00999}.tar' --clip ViT-B-32:laion2b_s34b_b79k --workers 8
+    Many:     torchrun --nproc-per-node 8 --no-python unclip embed --shards shards --clip clip
     """
     from clip_train.embed import embed
-    from clip_train.ranks import pick_device
+    from clip_train.engines import Share
+    from clip_train.memory import keep_freed_memory
 
-    bars = Bars("embed")
-    made = embed(shards, clip, out, batch_size=batch_size, device=pick_device(device), on_progress=bars).result
+    share, bars = Share.of(os.environ), Bars("embed")
+    engine = engine if engine != "auto" else "ranks" if share.ranks > 1 else "local"
+    told = []
+
+    def on_progress(done: int, total: int, resumed: int, **numbers: Any) -> None:
+        if resumed and not told:
+            told.append(say(f"{out}/: {resumed} shards ({done} of {total} samples) are embedded already; going on"))
+        bars(done, total, **numbers)
+
+    keep_freed_memory()
+    made = embed(shards, clip, out, engine=engine, device=device, on_progress=on_progress, **options)
+    if made is None:
+        say(f"rank {share.rank} of {share.ranks}: its shards are embedded; the last rank to finish completes {out}/")
+        return
+    made = made.result
     say(f"{out}/: {made['rows']} rows of width {made['dim']}; {made['bad']} bad pictures, {made['skipped']} skipped")
+    if made["bad"] or made["skipped"]:
+        say(f"their keys, and why: {out / 'bad.csv'}")
     say(f"next: unclip index --embeddings {out} --out index   and   unclip train prior --embeddings {out} --out prior")
 
 

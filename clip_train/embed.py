@@ -6,25 +6,23 @@ that cannot be decoded are left out, counted, and named in bad.csv.
 
 import csv
 import io
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from clip_train.folder import Input, Manifest, Workspace, write_file
+from clip_train.folder import MANIFEST, Input, Manifest, Workspace, partial_of, read_manifest, write_file
 from clip_train.model import Clip
-from clip_train.pictures import PictureError, Pictures, decode_picture, to_pixels
-from clip_train.sample import Sample
+from clip_train.pictures import Pictures
+from clip_train.precision import PRECISIONS, resolved_precision
+from clip_train.ranks import pick_device
 from clip_train.settings import Progress, UserError
 from clip_train.shards import ShardSet
-from clip_train.store import EmbeddingWriter, first_not_unit
-
-Decoded = tuple[Sample, torch.Tensor | PictureError]
 
 
 def embed(
@@ -34,59 +32,131 @@ def embed(
     *,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
+    precision: str = "auto",
+    workers: int = 1,
+    engine: str = "local",
+    compile: bool = False,
     on_progress: Progress | None = None,
-) -> Manifest:
-    """Write the embeddings folder `out` of all samples in `shards`, made by the CLIP in folder `clip`.
+) -> Manifest | None:
+    """Write the embeddings folder `out` of all samples in `shards`, made by the CLIP that Clip.load finds as `clip`.
 
-    on_progress counts samples. The manifest's result has rows, captions, dim, parts, bad (pictures that could not be
-    read), skipped (samples without picture or caption), and shards (the tars, relative to the input "shards").
+    engine: "local", by `workers` processes of this machine (1: this one); "ranks", likewise, but this rank's share of
+    the shards alone, when several ranks write one folder (engines.Share); "ray", by `workers` encoding actors of a Ray
+    cluster. The rows are the same whichever it is. precision: as Clip.for_inference takes it, "auto" keeping to what an
+    unfinished `out` was begun with. compile: the image tower, by torch.compile.
+
+    Returns None on a rank whose share is done while shards of others are not: whoever is last publishes the folder, or
+    a run by another engine does.
+
+    What was made of the same CLIP and of fewer shards, finished or not, is taken over and replaced when all is there.
+
+    on_progress counts samples, and is told of `bad` pictures so far and of `resumed`, the parts that were there before.
+    The manifest's result has rows, captions, dim, parts, bad (pictures that could not be read), skipped (samples
+    without picture or caption), and shards (the tars, relative to the input "shards").
     UserError: no picture can be read, the CLIP makes rows that are not finite, or what ShardSet and Clip.load refuse.
     """
-    shard_set = ShardSet(shards)
-    encoder = Clip.load(clip, device=device)
-    tars = [Path(os.path.abspath(path)) for path in shard_set.paths]
+    from clip_train import engines
+    from clip_train.earlier import PARTS, Earlier
+    from clip_train.part import Recipe, Shard
+
+    if engine not in engines.ENGINES:
+        raise UserError(f"there is no engine {engine!r}; use one of: {', '.join(engines.ENGINES)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"there is no precision {precision!r}; use one of: {', '.join(PRECISIONS)}")
+    share = engines.Share.of(os.environ if engine == "ranks" else {})
+    device = engines.device_on_ray(str(device)) if engine == "ray" else str(pick_device(str(device)))
+    if engine == "ranks":
+        device = engines.device_of(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if precision != "auto":
+        resolved_precision(precision, torch.device(device))  # refuses what the device cannot do
+    samples = ShardSet(shards)
+    tars = [Path(os.path.abspath(path)) for path in samples.paths]
+    stats = [tar.stat() for tar in tars]
     root = Path(os.path.commonpath([tar.parent for tar in tars]))
-    inputs = {"shards": Input(shard_set.fingerprint, root), "clip": Input(encoder.fingerprint, clip)}
-    space = Workspace.open(out, "embeddings", {}, inputs)
+    encoder, where = Clip.load(clip, device="cpu" if engine == "ray" else device), _place_of(clip)
+    inputs = {"shards": Input(samples.fingerprint, root), "clip": Input(encoder.fingerprint, where)}
+
+    config = _begun_with(out) if precision == "auto" else {"precision": {"image": precision, "text": precision}}
+    if config is None and engine == "ray":
+        config = {"precision": engines.precision_on_ray(str(where), device)}
+    elif config is None:
+        encoder = encoder.for_inference("auto")
+        config = {"precision": encoder.precision}
+    earlier = Earlier.of(Path(out), config, inputs, tars) if share.ranks == 1 else Earlier(out=Path(out))
+    space = Workspace.open(out, "embeddings", config, inputs, shared=share.ranks > 1, replaces=earlier.replaces)
     if space.done:
+        earlier.remove()
         return space.done
+    recipe = Recipe(
+        clip=str(where),
+        fingerprint=inputs["clip"].fingerprint,
+        preprocess_cfg=encoder.preprocess_cfg,
+        precision=config.get("precision", {"image": "fp32", "text": "fp32"}),
+        device=device,
+        batch_size=batch_size,
+        compile=compile,
+        folder=str(space.path.absolute()),
+        parts=len(tars),
+    )
+    plan = [
+        Shard(part=part, tar=str(tar), count=count, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        for part, (tar, count, stat) in enumerate(zip(tars, samples.counts, stats, strict=True))
+    ]
 
-    writer = EmbeddingWriter(space.path, len(tars))
-    ends = np.cumsum([0, *shard_set.counts]).tolist()
-    rows = captions = fresh = 0
-    bad: list[tuple[str, str]] = []
-    began = time.monotonic()
+    writer = recipe.writer()
+    mine = [shard for shard in plan if share.has(shard.part)]
+    notes = {shard.part: writer.finished(shard.part) or earlier.give(shard, writer) for shard in mine}
+    told = {shard.part: (shard.count, len(notes[shard.part]["bad"])) for shard in mine if notes[shard.part]}
+    todo = [shard for shard in mine if not notes[shard.part]]
+    resumed, began = len(told), time.monotonic()
 
-    def report(done: int) -> None:
+    def report() -> None:
         if on_progress:
-            on_progress(done, len(shard_set), bad=len(bad))
+            done, bad = (sum(numbers) for numbers in zip((0, 0), *told.values(), strict=True))
+            on_progress(done, sum(shard.count for shard in mine), bad=bad, resumed=resumed)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
-            note = writer.finished(part)
-            if note is None:
-                batches = _decoded(shard_set, range(first, end), encoder.image_size, batch_size, pool)
-                note = _embed_part(writer, part, batches, encoder, batch_size, lambda n, first=first: report(first + n))
-                fresh += end - first
-            rows, captions, bad = rows + note["rows"], captions + note["captions"], bad + note["bad"]
-            report(end)
+    def on_part(part: int, done: int, bad: int) -> None:
+        told[part] = done, bad
+        report()
+
+    report()
+    if engine == "ray" and todo:
+        engines.make_on_ray(todo, recipe, workers, on_part)
+    elif workers > 1 and len(todo) > 1:
+        engines.make_in_processes(todo, recipe, workers, space.lock, on_part)
+    elif todo:
+        engines.make_here(todo, recipe, recipe.ready(encoder), on_part)
+    seconds = time.monotonic() - began
+
+    if share.ranks > 1:
+        if None in map(writer.finished, range(len(plan))):
+            space.release()
+            return None
+        if not space.alone():  # another rank saw that all is there a moment earlier
+            space.release()
+            return read_manifest(out, "embeddings")
+    made = [writer.finished(shard.part) for shard in plan]
+    bad = [tuple(one) for note in made for one in note["bad"]]
+    rows, captions = (sum(note[what] for note in made) for what in ("rows", "captions"))
     if not rows:
-        key, reason = bad[0]
-        raise UserError(f"{shards}: none of the {len(bad)} pictures can be read; the first: {key}: {reason}")
-    if bad or shard_set.skipped:
-        write_file(space.path / "bad.csv", _table([("key", "reason"), *bad, *shard_set.skipped]))
-    return space.publish(
+        raise UserError(f"{shards}: none of the {len(bad)} pictures can be read; the first: {': '.join(bad[0])}")
+    if bad or samples.skipped:
+        write_file(space.path / "bad.csv", _table([("key", "reason"), *bad, *samples.skipped]))
+    write_file(space.path / PARTS, json.dumps(made).encode())
+    done = space.publish(
         {
             "rows": rows,
             "captions": captions,
             "dim": encoder.embed_dim,
             "parts": len(tars),
             "bad": len(bad),
-            "skipped": len(shard_set.skipped),
+            "skipped": len(samples.skipped),
             "shards": [tar.relative_to(root).as_posix() for tar in tars],
-            "samples_per_second": round(fresh / max(time.monotonic() - began, 1e-9), 1),
+            "samples_per_second": round(sum(shard.count for shard in todo) / max(seconds, 1e-9), 1),
         }
     )
+    earlier.remove()
+    return done
 
 
 def encode_rows(
@@ -124,58 +194,23 @@ def encode_texts(clip: Clip, texts: Sequence[str], *, batch_size: int = 256) -> 
     return out[[place[text] for text in texts]]
 
 
-def _embed_part(
-    writer: EmbeddingWriter,
-    part: int,
-    batches: Iterator[list[Decoded]],
-    clip: Clip,
-    batch_size: int,
-    report: Callable[[int], None],
-) -> dict[str, Any]:
-    """Encode one shard and write its part. Returns the part's note: rows, captions, bad."""
-    images, metadata, texts, texts_row = [np.empty((0, clip.embed_dim), dtype=np.float32)], [], [], []
-    bad: list[tuple[str, str]] = []
-    for batch in batches:
-        good = []
-        for sample, pixels in batch:
-            if isinstance(pixels, PictureError):
-                bad.append((sample.key, str(pixels)))
-                continue
-            good.append(pixels)
-            texts += sample.captions
-            texts_row += [len(metadata)] * len(sample.captions)
-            taken = {"image_path": sample.key, "caption": sample.caption, "captions": sample.captions}
-            metadata.append(taken | {name: value for name, value in sample.meta.items() if name not in taken})
-        if good:
-            images.append(clip.encode_image(torch.stack(good)).numpy())
-        report(len(metadata) + len(bad))
-    image, caption = np.concatenate(images), encode_texts(clip, texts, batch_size=batch_size)
-    for what, emb in (("picture", image), ("caption", caption)):
-        wrong = first_not_unit(emb)
-        if wrong is not None:
-            key = metadata[wrong if what == "picture" else texts_row[wrong]]["image_path"]
-            raise UserError(f"the CLIP makes no finite embedding of the {what} of sample {key}; train it again")
-    note = {"rows": len(image), "captions": len(texts), "bad": bad}
-    writer.write(part, image, caption, np.asarray(texts_row, dtype=np.int64), metadata, note)
-    return note
+def _place_of(clip: Path | str) -> Path | str:
+    """Where a CLIP is, for other processes and for the manifest: a folder, or a name and tag of open_clip's."""
+    name, _, rest = str(clip).partition(":")
+    folder = Path(rest if name == "local-dir" else clip)
+    return folder.absolute() if folder.is_dir() else str(clip)
 
 
-def _decoded(
-    shards: ShardSet, rows: range, size: int, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[list[Decoded]]:
-    """Batches of (sample, (3, S, S) uint8 or why not); the next batch is decoded while this one is encoded."""
-
-    def decode(row: int) -> Decoded:
-        sample = shards.read(row)
+def _begun_with(out: Path | str) -> dict[str, Any] | None:
+    """The config of what is in `out`, finished or not; None if nothing is."""
+    for place in (Path(out) / MANIFEST, partial_of(out) / "plan.json"):
         try:
-            return sample, to_pixels(decode_picture(sample.image), size)
-        except PictureError as error:
-            return sample, error
-
-    ahead = [pool.submit(decode, row) for row in rows[:batch_size]]
-    for low in range(0, len(rows), batch_size):
-        batch, ahead = ahead, [pool.submit(decode, row) for row in rows[low + batch_size : low + 2 * batch_size]]
-        yield [future.result() for future in batch]
+            found = json.loads(place.read_text())
+            if found["kind"] == "embeddings":
+                return found["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not there, or damaged: Workspace.open says so
+    return None
 
 
 def _table(rows: Sequence[Sequence[str]]) -> bytes:

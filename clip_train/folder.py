@@ -4,13 +4,15 @@ A command works in OUT.partial and renames it to OUT when it is whole, so OUT is
 names the command, its config, and the fingerprints (sha256) of its inputs and of what it made.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -25,6 +27,7 @@ except ImportError:  # Windows: no advisory locks, so two writers of one folder 
     fcntl = None
 
 MANIFEST = "manifest.json"
+LOCKS = (".lock", ".plan.lock")  # held as long as a process writes the folder; while it opens it
 # settings that may differ between a run and its resume
 HOW_TO_RUN = {"save_every", "log_every", "validate_every", "watch_every", "workers", "parallel"}
 # kind of folder -> the command that makes it, for error messages
@@ -36,6 +39,7 @@ MAKERS = {
     "onnx": "unclip export onnx",
     "embeddings": "unclip embed",
     "index": "unclip index",
+    "clusters": "unclip cluster",
     "prior": "unclip train prior",
     "decoder": "unclip train decoder",
 }
@@ -100,6 +104,32 @@ def partial_of(out: Path | str) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def put_aside(out: Path) -> Path:
+    """Rename the unfinished folder of `out`, for another to take its place; UserError if a process is at work on it.
+
+    Returns its new name.
+    """
+    lock, place = _lock(partial_of(out), out, shared=False), _free_name(out)
+    os.rename(partial_of(out), place)
+    if lock is not None:
+        os.close(lock)
+    return place
+
+
+def put_aside_of(out: Path) -> list[Path]:
+    """What has been put aside for `out`, by put_aside() or because a new one took its place."""
+    beside = out.absolute().parent
+    found = [path for path in beside.iterdir() if path.name.startswith(out.name + _ASIDE)] if beside.is_dir() else []
+    return sorted(path for path in found if (path / MANIFEST).exists() or (path / "plan.json").exists())
+
+
+def _free_name(out: Path) -> Path:
+    return next(path for n in itertools.count() if not (path := out.with_name(f"{out.name}{_ASIDE}{n}")).exists())
+
+
+_ASIDE = ".replaced-"
+
+
 class Workspace:
     """The folder a command is writing.
 
@@ -112,13 +142,26 @@ class Workspace:
         self.path = path
         self.done = done
         self._plan = plan
-        self._lock = lock
+        self.lock = lock  # descriptor; who has a copy of it holds the folder, too
+        self._replaces = False
 
     @classmethod
     def open(
-        cls, out: Path | str, kind: str, config: dict[str, Any], inputs: Mapping[str, Input], command: str = ""
+        cls,
+        out: Path | str,
+        kind: str,
+        config: dict[str, Any],
+        inputs: Mapping[str, Input],
+        command: str = "",
+        shared: bool = False,
+        replaces: str = "",
     ) -> "Workspace":
-        """Start or resume. UserError if `out` or its unfinished part was made with other settings or inputs."""
+        """Start or resume. UserError if `out` or its unfinished part was made with other settings or inputs.
+
+        shared: several processes, all of which say so, may have the folder open at once to write files of different
+        names; before one of them publishes, it waits until it is alone(). replaces: the fingerprint of a finished `out`
+        that publish() may put aside for the new one.
+        """
         out = Path(out)
         config = json.loads(json.dumps(config))
         base = Path(os.path.abspath(out))
@@ -138,33 +181,71 @@ class Workspace:
                 raise UserError(f"{out}/ exists and unclip did not make it; choose another --out")
             if (out / MANIFEST).exists():
                 done = read_manifest(out)
-                _refuse_other(f"{out}/", plan, dataclasses.asdict(done), "choose another --out or remove it")
-                return cls(out, out, plan, done, None)
+                if done.fingerprint != replaces:
+                    _refuse_other(f"{out}/", plan, dataclasses.asdict(done), "choose another --out or remove it")
+                    return cls(out, out, plan, done, None)
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            work = cls(out, partial, plan, None, _lock(partial, out))
-            for path in partial.rglob(".*"):  # what a killed run was in the middle of writing
-                if path.name != ".lock" and path.is_file():
-                    path.unlink()
+            with _one_at_a_time(partial):
+                work = cls(out, partial, plan, None, _lock(partial, out, shared))
+                if not replaces and (out / MANIFEST).exists():  # published while we were about to open it
+                    return cls._too_late(work, kind, config, inputs, command)
+                work._replaces = bool(replaces)
+                work._start(plan, shared)
+        except FileNotFoundError:  # likewise, and renamed under our hands
+            if (out / MANIFEST).exists():
+                return cls.open(out, kind, config, inputs, command, shared)
+            raise
         except OSError as error:
             raise UserError(f"cannot write {out}/: {error.strerror}") from error
-        started = partial / "plan.json"
+        return work
+
+    @classmethod
+    def _too_late(cls, work: "Workspace", *arguments: Any) -> "Workspace":
+        """The finished folder instead of `work`, whose empty folder goes."""
+        if not any(path.name not in LOCKS for path in work.path.iterdir()):
+            shutil.rmtree(work.path)
+        work.release()
+        return cls.open(work.out, *arguments)
+
+    def _start(self, plan: dict[str, Any], shared: bool) -> None:
+        """Compare the plan of what is there with ours, or note ours; nobody else is opening the folder meanwhile."""
+        if not shared or self._shut():
+            for path in self.path.rglob(".*"):  # what a killed run was in the middle of writing
+                if path.name not in LOCKS and path.is_file():
+                    path.unlink()
+        if shared and self.lock is not None:
+            fcntl.flock(self.lock, fcntl.LOCK_SH)
+            os.stat(self.path)  # another process may have published it just now
+        started = self.path / "plan.json"
         if started.exists():
             try:
                 before = json.loads(started.read_text())
             except json.JSONDecodeError as error:
-                raise UserError(f"{started} is damaged; remove {partial}/ to start again") from error
-            if any(path.name not in (".lock", "plan.json") for path in partial.iterdir()):
-                _refuse_other(f"{partial}/ (an unfinished run)", plan, before, f"remove {partial}/ to start again")
-                return work
+                raise UserError(f"{started} is damaged; remove {self.path}/ to start again") from error
+            if any(path.name not in (*LOCKS, "plan.json") for path in self.path.iterdir()):
+                _refuse_other(f"{self.path}/ (an unfinished run)", plan, before, f"remove {self.path}/ to start again")
+                return
         write_file(started, json.dumps(plan, indent=1).encode())
-        return work
+
+    def _shut(self) -> bool:
+        """Whether this process is the only one that holds the shared folder; then it holds it alone."""
+        try:
+            return self.lock is None or fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+        except OSError:
+            return False
+
+    def alone(self) -> bool:
+        """Wait until no other process holds the shared folder; False if one of them has published it meanwhile."""
+        if self.lock is not None:
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+        return self.path.is_dir() and not (self.out / MANIFEST).exists()
 
     def release(self) -> None:
         """Let another process write here; what is in `path` stays for it to go on from."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     __del__ = release
 
@@ -173,7 +254,7 @@ class Workspace:
 
         So a process killed anywhere in here leaves either all that it needs to go on, or a whole folder.
         """
-        skip = {"metrics.jsonl", "curves.png", "plan.json", MANIFEST, ".lock"}
+        skip = {"metrics.jsonl", "curves.png", "plan.json", MANIFEST, *LOCKS}
         leftovers = [self.path / "scratch", self.path / "plan.json", *self.path.glob("checkpoint*")]
         leftovers += self.path.rglob(".*")
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
@@ -191,7 +272,9 @@ class Workspace:
         )
         data = {k: v for k, v in vars(manifest).items() if k != "folder"}
         write_file(self.path / MANIFEST, json.dumps(data, indent=1).encode())
-        if self.out.exists():  # an empty folder the user made beforehand
+        if self._replaces and (self.out / MANIFEST).exists():
+            os.rename(self.out, _free_name(self.out))
+        elif self.out.exists():  # an empty folder the user made beforehand
             self.out.rmdir()
         os.rename(self.path, self.out)
         for left in leftovers:
@@ -247,17 +330,31 @@ def _relative(path: Path | str, base: Path) -> str:
     return os.path.relpath(os.path.abspath(path), base)
 
 
-def _lock(partial: Path, out: Path) -> int | None:
+def _lock(partial: Path, out: Path, shared: bool) -> int | None:
     """A descriptor that holds the folder's lock; the system lets go of it when the process ends, however it ends."""
     if fcntl is None:
         return None
     lock = os.open(partial / ".lock", os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
         raise UserError(f"another process is writing {out}/; wait for it, or choose another --out") from error
     return lock
+
+
+@contextlib.contextmanager
+def _one_at_a_time(partial: Path) -> Iterator[None]:
+    """Of several processes that open the same folder at once, one after the other."""
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(partial / ".plan.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _refuse_other(what: str, asked: dict[str, Any], found: dict[str, Any], way_out: str) -> None:

@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +15,11 @@ from torch import nn
 from clip_train import depth
 from clip_train.checkpoint import load_tensors, load_weights, save_tensors
 from clip_train.folder import fingerprint_files, write_file
+from clip_train.pictures import to_pixels
 from clip_train.settings import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -36,6 +41,25 @@ def preprocess_config(size: int) -> dict[str, Any]:
     }
 
 
+def pixel_maker(preprocess_cfg: dict[str, Any]) -> Callable[["Image.Image"], torch.Tensor]:
+    """The function that takes an RGB picture to the uint8 (3, H, W) pixels a model of this preprocess_cfg wants.
+
+    It is pictures.to_pixels where that is what open_clip does, else open_clip's own validation transform without its
+    last steps, to floats and to the model's mean.
+    """
+    size = preprocess_cfg["size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    how = preprocess_cfg.get("interpolation", "bicubic"), preprocess_cfg.get("resize_mode", "shortest")
+    if how == ("bicubic", "shortest") and size[0] == size[1]:
+        return functools.partial(to_pixels, size=size[0])
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from torchvision.transforms import Compose
+
+    *steps, _, _ = image_transform_v2(PreprocessCfg(**preprocess_cfg | {"size": size}), is_train=False).transforms
+    resize = Compose(steps)
+    return lambda picture: torch.from_numpy(np.asarray(resize(picture)).transpose(2, 0, 1).copy())
+
+
 class Clip(nn.Module):
     """A CLIP model in open_clip's weights and file format.
 
@@ -51,44 +75,63 @@ class Clip(nn.Module):
         from clip_train.towers import is_quick, quicken
 
         kind = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
+        kind = open_clip.CoCa if "multimodal_cfg" in model_cfg else kind
         try:
             self.model = kind(**{k: v for k, v in model_cfg.items() if k != "custom_text"})
-        except (TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
+        except (TypeError, RuntimeError, ValueError, AssertionError, ArithmeticError, ImportError) as error:
             raise UserError(f"open_clip cannot build this model: {error}") from error
-        how = preprocess_cfg.get("interpolation", "bicubic"), preprocess_cfg.get("resize_mode", "shortest")
-        if how != ("bicubic", "shortest"):
-            raise UserError(f"unclip resizes pictures by bicubic, shortest; this model wants {', '.join(how)}")
         quicken(self.model)
         self.model_cfg = model_cfg
         self.preprocess_cfg = preprocess_cfg
         self.fingerprint = ""  # of the folder it came from; empty until saved or loaded
+        self.folder: Path | None = None  # where it was read from; a tokenizer of its own lies there too
         self._quick_image = is_quick(self.model)[0]
+        # what for_inference() decides
+        self.precision: dict[str, str] = {}
+        self.chunk = 0  # pictures that are encoded at a time; 0: all that are given
+        self.pixel_dtype = torch.float32
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._compiled_for = 0  # pictures
         self.register_buffer("mean", torch.tensor(preprocess_cfg["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(preprocess_cfg["std"]).view(1, 3, 1, 1) * 255, persistent=False)
 
     @classmethod
-    def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Clip":
-        """Read a clip/ folder (or any open_clip "local-dir") ready for use: eval mode, gradients off."""
-        return cls._read(Path(folder)).to(device).eval().requires_grad_(False)
+    def load(cls, spec: Path | str, device: str | torch.device = "cpu") -> "Clip":
+        """A CLIP ready for use: eval mode, gradients off.
+
+        spec: a clip/ folder, "local-dir:FOLDER", or "MODEL:TAG" of open_clip's list, as "ViT-B-32:laion2b_s34b_b79k";
+        open_clip fetches a tag's weights once and keeps them in its cache. UserError if there is no such model, or it
+        cannot be fetched.
+        """
+        return cls._open(spec, for_training=False).to(device).eval().requires_grad_(False)
 
     @classmethod
     def pretrained(cls, spec: str | Path) -> "Clip":
-        """A model to go on training: a clip/ folder, "local-dir:FOLDER", or "MODEL:TAG" of open_clip's list.
+        """A model to go on training, from what load() takes: in eval mode, gradients on.
 
-        E.g. "ViT-B-32:laion2b_s34b_b79k"; open_clip fetches a tag's weights once and keeps them in its cache. In eval
-        mode, gradients on. UserError if there is no such model or tag, if it cannot be fetched, or if it needs what
-        unclip does not do (another tokenizer, another way to resize).
+        UserError as load(), and if it needs what training does not do (another tokenizer, another way to resize).
         """
-        name, _, tag = str(spec).partition(":")
-        if name == "local-dir" or not tag or Path(spec).is_dir():
-            folder = Path(tag if name == "local-dir" else spec)
-            if not folder.is_dir():
-                example = "a model of open_clip by name and tag, such as ViT-B-32:laion2b_s34b_b79k"
-                raise UserError(f"{folder}/ does not exist; give a clip/ folder, or {example}")
-            return cls._read(folder).eval()
-        from clip_train.pretrained import fetch
+        return cls._open(spec, for_training=True).eval()
 
-        return fetch(name, tag).eval()
+    @classmethod
+    def _open(cls, spec: Path | str, for_training: bool) -> "Clip":
+        name, _, tag = str(spec).partition(":")
+        if not tag or Path(spec).is_dir():
+            if for_training and not Path(spec).is_dir():
+                example = "a model of open_clip by name and tag, such as ViT-B-32:laion2b_s34b_b79k"
+                raise UserError(f"{spec}/ does not exist; give a clip/ folder, or {example}")
+            clip = cls._read(Path(spec))
+        elif name == "local-dir":
+            clip = cls._read(Path(tag))
+        else:
+            from clip_train.pretrained import fetch
+
+            return fetch(name, tag, for_training)
+        if for_training:
+            from clip_train.pretrained import refuse_untrainable
+
+            refuse_untrainable(str(spec), clip)
+        return clip
 
     @classmethod
     def _read(cls, folder: Path) -> "Clip":
@@ -98,13 +141,16 @@ class Clip(nn.Module):
             model_cfg, size = config["model_cfg"], config["model_cfg"]["vision_cfg"].get("image_size", 224)
             preprocess_cfg = preprocess_config(size if isinstance(size, int) else size[0]) | config["preprocess_cfg"]
         except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist; train one: unclip train clip --out {folder}") from error
+            raise UserError(
+                f"{path} does not exist; train one: unclip train clip --out {folder} "
+                f"(or name one of open_clip's, such as ViT-B-32:laion2b_s34b_b79k)"
+            ) from error
         except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not an open_clip config ({error})") from error
         clip = cls(model_cfg, preprocess_cfg)
         tensors, _ = load_tensors(folder / WEIGHTS_FILE)
         load_weights(clip.model, tensors, folder / WEIGHTS_FILE)
-        clip.fingerprint = fingerprint_files([path, folder / WEIGHTS_FILE], folder)
+        clip.fingerprint, clip.folder = fingerprint_files([path, folder / WEIGHTS_FILE], folder), folder
         return clip
 
     def save(self, folder: Path | str, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -129,9 +175,31 @@ class Clip(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """S, the side of the square pictures it takes."""
+        """S, the side of the square pictures it takes, cut from the middle; UserError for models of other habits.
+
+        Those are for embedding and searching alone, which use to_pixels().
+        """
+        how = self.preprocess_cfg.get("interpolation", "bicubic"), self.preprocess_cfg.get("resize_mode", "shortest")
+        if how != ("bicubic", "shortest"):
+            raise UserError(f"unclip resizes pictures by bicubic, shortest; this model wants {', '.join(how)}")
+        height, width = self.picture_shape
+        if height != width:
+            raise UserError(f"this model takes pictures of {height} x {width} pixels; unclip's are square")
+        return height
+
+    @property
+    def picture_shape(self) -> tuple[int, int]:
+        """Height and width of the pictures it takes."""
         size = self.preprocess_cfg["size"]
-        return size if isinstance(size, int) else size[0]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def to_pixels(self, picture: "Image.Image") -> torch.Tensor:
+        """An RGB picture -> uint8 (3, H, W), resized as this model wants it."""
+        return self._to_pixels(picture)
+
+    @functools.cached_property
+    def _to_pixels(self) -> Callable[["Image.Image"], torch.Tensor]:
+        return pixel_maker(self.preprocess_cfg)
 
     @property
     def device(self) -> torch.device:
@@ -140,17 +208,34 @@ class Clip(nn.Module):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """open_clip's byte-pair tokenizer at this model's context length."""
+        """open_clip's byte-pair tokenizer at this model's context length, or the one of transformers that it names."""
         import open_clip
 
         text = self.model_cfg["text_cfg"]
         if text.get("hf_tokenizer_name"):
-            raise UserError(
-                f"this CLIP reads captions by the {text['hf_tokenizer_name']} tokenizer; unclip has open_clip's"
-            )
+            return self._foreign_tokenizer(text)
         return open_clip.SimpleTokenizer(
             context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs") or {}
         )
+
+    def _foreign_tokenizer(self, text: dict[str, Any]) -> Any:
+        from open_clip.tokenizer import HFTokenizer
+
+        name, own = text["hf_tokenizer_name"], self.folder is not None and (self.folder / "tokenizer.json").exists()
+        try:
+            return HFTokenizer(
+                str(self.folder) if own else name,
+                context_length=text.get("context_length", 77),
+                tokenizer_mode=text.get("tokenizer_mode"),
+                **text.get("tokenizer_kwargs") or {},
+            )
+        except ImportError as error:
+            raise UserError(
+                f"this CLIP reads captions by the {name} tokenizer, which needs: pip install transformers"
+            ) from error
+        except Exception as error:  # no network, no such files: transformers raises several kinds
+            why = " ".join(str(error).split())[:120]
+            raise UserError(f"cannot fetch this CLIP's {name} tokenizer ({why})") from error
 
     def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
         """Token ids (B, context) int64; longer captions are cut, the end token kept."""
@@ -203,10 +288,48 @@ class Clip(nn.Module):
         """Keep logit_scale at or below 100; call after every optimizer step."""
         self.model.logit_scale.clamp_(max=torch.log(torch.tensor(MAX_LOGIT_SCALE)))
 
+    def for_inference(self, precision: str | Mapping[str, str] = "auto") -> "Clip":
+        """A copy for encoding alone, whose weights are cast once: encode_image, encode_text and the rest as here.
+
+        precision: fp32 (the same rows but for rounding, faster where there are BatchNorms), bf16, fp16, or auto: bf16
+        where the hardware multiplies it, for each tower whose rows keep a cosine of 0.9999 to those of fp32, measured
+        on a few made-up pictures and captions; or one of these for "image" and one for "text". `precision` of the copy
+        says what came out for each.
+        """
+        from clip_train.inference import for_inference
+
+        return for_inference(self, precision)
+
+    def compile(self) -> "Clip":
+        """Let torch.compile translate the image tower at its first batch, which takes a minute or so."""
+        self._compiled = torch.compile(self._image_rows, dynamic=False)
+        return self
+
     @torch.no_grad()
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> unit rows (B, D) float32 on the CPU."""
-        return self._image_rows(pixels.to(self.device, non_blocking=True)).cpu()
+        return self.image_rows(pixels).cpu()
+
+    @torch.no_grad()
+    def image_rows(self, pixels: torch.Tensor) -> torch.Tensor:
+        """encode_image, but the rows stay where they are made; a GPU may still be at work on them."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        encode = self._padded if self._compiled else self._image_rows
+        if not 0 < self.chunk < len(pixels):
+            return encode(pixels)
+        return torch.cat([encode(some) for some in pixels.split(self.chunk)])
+
+    def _padded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """By the compiled program, which each other number of pictures would translate again."""
+        first, self._compiled_for = not self._compiled_for, max(self._compiled_for, len(pixels))
+        missing = self._compiled_for - len(pixels)
+        try:
+            return self._compiled(F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(pixels)]
+        except RuntimeError as error:
+            if first:  # no compiler on this machine, or a layer that torch cannot translate
+                why = " ".join(str(error).split())[:150]
+                raise UserError(f"torch.compile cannot translate this CLIP here ({why}); leave it out") from error
+            raise
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> torch.Tensor:
@@ -231,8 +354,9 @@ class Clip(nn.Module):
     def _image_rows(self, pixels: torch.Tensor) -> torch.Tensor:
         if not self._quick_image:  # convolutions are faster with the colours of a pixel side by side
             pixels = pixels.contiguous(memory_format=torch.channels_last)
+        pixels = ((pixels - self.mean) / self.std).to(self.pixel_dtype)
         with _fast_attention(self.device):  # of towers that do not have their own
-            return F.normalize(self.model.encode_image((pixels - self.mean) / self.std).float(), dim=-1)
+            return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     def _text_rows(self, tokens: torch.Tensor) -> torch.Tensor:
         with _fast_attention(self.device):

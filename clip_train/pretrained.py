@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from clip_train.model import Clip
 
 
-def fetch(name: str, tag: str) -> "Clip":
-    """open_clip's model `name` with its weights `tag`, as "ViT-B-32", "laion2b_s34b_b79k"; see Clip.pretrained."""
+def fetch(name: str, tag: str, for_training: bool) -> "Clip":
+    """open_clip's model `name` with its weights `tag`, as "ViT-B-32", "laion2b_s34b_b79k"; see Clip.load.
+
+    for_training: refuse, before anything is fetched, what can be embedded with but not trained.
+    """
     import open_clip
 
     from clip_train.model import Clip
@@ -21,6 +24,8 @@ def fetch(name: str, tag: str) -> "Clip":
     about = _about(name, tag)
     model_cfg, preprocess_cfg = _configs(name, about)
     clip = Clip(model_cfg, preprocess_cfg)
+    if for_training:
+        refuse_untrainable(name, clip)
     _ = clip.tokenizer  # refuses a model whose captions cannot be read
     try:
         file = Path(open_clip.download_pretrained(about))
@@ -59,16 +64,26 @@ def _configs(name: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     from clip_train.model import preprocess_config
 
     model_cfg = open_clip.get_model_config(name)
-    if "multimodal_cfg" in model_cfg or model_cfg["text_cfg"].get("hf_model_name"):
-        raise UserError(
-            f"{name} has a text tower that unclip does not train; choose a ViT, RN or convnext of open_clip"
-        )
     size = model_cfg["vision_cfg"]["image_size"]
-    if not isinstance(size, int) and size[0] != size[1]:
-        raise UserError(f"{name} takes pictures of {size[0]} x {size[1]} pixels; unclip's are square")
     model_cfg["quick_gelu"] = bool(about.get("quick_gelu"))  # as these weights were trained, whatever the name says
     if "timm_model_name" in model_cfg["vision_cfg"]:
         model_cfg["vision_cfg"]["timm_model_pretrained"] = False  # fetches weights that are then replaced
+    if "hf_model_name" in model_cfg["text_cfg"]:
+        model_cfg["text_cfg"]["hf_model_pretrained"] = False
     named = {key: about[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in about}
-    preprocess_cfg = preprocess_config(size if isinstance(size, int) else size[0]) | named
+    preprocess_cfg = preprocess_config(0) | {"size": [size, size] if isinstance(size, int) else list(size)} | named
     return json.loads(json.dumps(model_cfg)), json.loads(json.dumps(preprocess_cfg))
+
+
+def refuse_untrainable(name: str, clip: "Clip") -> None:
+    """UserError for a model that can be embedded with, but whose pictures or captions training reads differently."""
+    text = clip.model_cfg["text_cfg"]
+    if "multimodal_cfg" in clip.model_cfg or text.get("hf_model_name"):
+        raise UserError(
+            f"{name} has a text tower that unclip does not train; choose a ViT, RN or convnext of open_clip"
+        )
+    if text.get("hf_tokenizer_name"):
+        raise UserError(
+            f"{name} reads captions by the {text['hf_tokenizer_name']} tokenizer; unclip trains with open_clip's alone"
+        )
+    _ = clip.image_size  # refuses other ways to resize

@@ -14,9 +14,12 @@ names; N is zero-padded, so that this is the order of the shards. Parts without 
 
 import io
 import json
+import os
+import threading
+import weakref
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from clip_train.folder import Manifest, read_manifest, write_file
 from clip_train.settings import UserError
 
 NORM_TOLERANCE = 5e-3  # a unit row rounded to float16 is off by less than 1e-3
+KEPT_BYTES = 512_000_000  # of metadata that stays in memory; beyond it a row costs the reading of its part
 SAMPLED_ROWS = 4096  # rows whose values open() looks at
 
 
@@ -166,7 +170,8 @@ class MetadataTable:
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
             raise UserError(f"{folder}/ cannot be read: {_line(error)}; {_AGAIN}") from error
         self.starts = np.cumsum([0, *self.counts])
-        self._part = lru_cache(maxsize=64)(self._read)
+        read = weakref.WeakMethod(self._read)  # no circle: a table that goes lets go of its files at once
+        self._part = _LastRead(lambda part: read()(part), KEPT_BYTES)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -197,6 +202,30 @@ class MetadataTable:
             return file.read(columns=None if columns is None else [c for c in columns if c in file.schema_arrow.names])
         except (OSError, ValueError) as error:
             raise UserError(f"{self.paths[part]} cannot be read: {_line(error)}; {_AGAIN}") from error
+
+
+class _LastRead:
+    """read(part), kept: the parts that were asked for last, as many as fit into `most` bytes. Thread-safe."""
+
+    def __init__(self, read: Callable[[int], Any], most: int) -> None:
+        self._read, self._most = read, most
+        self._kept: dict[int, Any] = {}  # the one asked for last at the end
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, part: int) -> Any:
+        with self._lock:
+            if (table := self._kept.pop(part, None)) is not None:
+                self._kept[part] = table
+                return table
+        table = self._read(part)
+        with self._lock:
+            if part not in self._kept:
+                self._kept[part] = table
+                self._bytes += table.nbytes
+            while self._bytes > self._most and len(self._kept) > 1:
+                self._bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        return table
 
 
 class EmbeddingWriter:
@@ -242,6 +271,20 @@ class EmbeddingWriter:
             write_file(self.folder / "metadata" / f"metadata_{name}.parquet", _parquet(metadata))
         write_file(self._note(part), json.dumps(dict(note)).encode())
 
+    def adopt(self, part: int, folder: Path, name: str, note: Mapping[str, Any]) -> None:
+        """Make the part out of the finished one called `name` in another folder, which keeps it."""
+        if note["rows"]:
+            own = f"{part:0{self.digits}d}"
+            for kind in (
+                "img_emb/img_emb",
+                "text_emb/text_emb",
+                "captions_emb/captions_emb",
+                "captions_emb/captions_row",
+            ):
+                _link(folder / f"{kind}_{name}.npy", self.folder / f"{kind}_{own}.npy")
+            _link(folder / f"metadata/metadata_{name}.parquet", self.folder / f"metadata/metadata_{own}.parquet")
+        write_file(self._note(part), json.dumps(dict(note)).encode())
+
     def _note(self, part: int) -> Path:
         return self.folder / "scratch" / f"part_{part:0{self.digits}d}.json"
 
@@ -249,6 +292,15 @@ class EmbeddingWriter:
         file = io.BytesIO()
         np.save(file, array)
         write_file(self.folder / name, file.getvalue())
+
+
+def _link(old: Path, new: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    new.unlink(missing_ok=True)  # of a run that was killed in here
+    try:
+        os.link(old, new)
+    except OSError:
+        write_file(new, old.read_bytes())
 
 
 def first_not_unit(rows: np.ndarray) -> int | None:

@@ -95,8 +95,8 @@ class QuickBlock(ResidualAttentionBlock):
         With `only` (B,), the one token of each row that is wanted, counted through all of q_x's: -> (B, 1, W).
         attn_mask: added to the scores, (L, L), with `only` (B, 1, L). k_x, v_x: for cross-attention, always None here.
         """
-        x, y, width = q_x, self.ln_1(q_x), q_x.shape[-1]
         weight, bias, heads = self.attn.in_proj_weight, self.attn.in_proj_bias, self.attn.num_heads
+        x, y, width = q_x, self.ln_1(q_x).to(weight.dtype), q_x.shape[-1]  # of another type in inference.py alone
         if only is None:
             all_three = F.linear(y, weight, bias)
             all_three = packing.spread(all_three) if packing else all_three
@@ -131,9 +131,10 @@ class QuickVisionTransformer(VisionTransformer):
             return super()._embeds(x)  # says what is wrong
         # a convolution whose patches do not overlap is a matrix product
         x = x.reshape(len(x), 3, rows, down, columns, right).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        x = F.linear(x, self.conv1.weight.flatten(1))
-        place = self.positional_embedding.to(x.dtype)
-        first = (self.class_embedding.to(x.dtype) + place[0]).expand(len(x), 1, -1)
+        weight, place = self.conv1.weight.flatten(1), self.positional_embedding
+        x = F.linear(x.to(weight.dtype), weight)
+        place = place.to(x.dtype) if weight.dtype == place.dtype else place  # inference.py keeps the sum in fp32
+        first = (self.class_embedding.to(place.dtype) + place[0]).expand(len(x), 1, -1)
         return self.ln_pre(self.patch_dropout(torch.cat([first, x + place[1:]], 1)))
 
 
@@ -195,8 +196,7 @@ def _text_rows(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _text_embeds(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    kind = tower.transformer.get_cast_dtype()
-    return tower.token_embedding(tokens).to(kind) + tower.positional_embedding[: tokens.shape[1]].to(kind)
+    return tower.token_embedding(tokens) + tower.positional_embedding[: tokens.shape[1]]
 
 
 def _run(

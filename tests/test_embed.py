@@ -1,5 +1,7 @@
 import csv
 import io
+import json
+import os
 
 import numpy as np
 import pytest
@@ -7,9 +9,9 @@ import tiny
 import torch
 from PIL import Image
 
-from clip_train import embed as module
+from clip_train import earlier, engines, precision
 from clip_train.embed import embed, encode_rows, encode_texts
-from clip_train.folder import read_manifest
+from clip_train.folder import Manifest, read_manifest
 from clip_train.model import Clip
 from clip_train.pictures import Pictures
 from clip_train.sample import Sample
@@ -23,7 +25,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     tiny.shards(root / "shards", n=10, per_shard=4)
     tiny.clip(root / "clip")
-    embed(root / "shards", root / "clip", root / "emb", batch_size=3)
+    embed(root / "shards", root / "clip", root / "emb", batch_size=3, precision="fp32")
     return root
 
 
@@ -82,21 +84,24 @@ def test_a_killed_run_resumed_equals_an_unbroken_one_and_skips_what_is_finished(
             raise Killed
 
     with pytest.raises(Killed):
-        embed(made / "shards", made / "clip", tmp_path / "emb", batch_size=3, on_progress=kill)
+        embed(made / "shards", made / "clip", tmp_path / "emb", batch_size=3, precision="fp32", on_progress=kill)
     assert not (tmp_path / "emb").exists()
-    encoded = []
-    plain = module._embed_part
-    monkeypatch.setattr(
-        module, "_embed_part", lambda writer, part, *rest: encoded.append(part) or plain(writer, part, *rest)
-    )
-    embed(made / "shards", made / "clip", tmp_path / "emb", batch_size=3)
-    assert encoded == {0: [0, 1, 2], 1: [0, 1, 2], 4: [1, 2], 7: [1, 2]}[stop_after]
+    encoded, told = [], []
+    plain = engines.make_part
+    monkeypatch.setattr(engines, "make_part", lambda shard, *rest: encoded.append(shard.part) or plain(shard, *rest))
+    embed(
+        made / "shards", made / "clip", tmp_path / "emb", batch_size=3, on_progress=lambda *a, **n: told.append((a, n))
+    )  # in fp32, as it was begun
+    wanted = {0: [0, 1, 2], 1: [0, 1, 2], 4: [1, 2], 7: [1, 2]}[stop_after]
+    assert encoded == wanted
+    there = 3 - len(wanted)
+    assert told[0] == ((4 * there, 10), {"bad": 0, "resumed": there}) and told[-1][0] == (10, 10)
     assert files_of(tmp_path / "emb") == files_of(made / "emb")
 
 
 def test_running_it_again_does_nothing(made, monkeypatch):
-    monkeypatch.setattr(module, "_embed_part", None)
-    again = embed(made / "shards", made / "clip", made / "emb")
+    monkeypatch.setattr(engines, "make_part", None)
+    again = embed(made / "shards", f"local-dir:{made / 'clip'}", made / "emb")
     assert again.fingerprint == read_manifest(made / "emb").fingerprint
 
 
@@ -135,9 +140,52 @@ def test_nothing_but_bad_pictures_is_one_clear_line(made, tmp_path):
 
 def test_a_clip_that_makes_nan_is_refused_by_sample(made, tmp_path, monkeypatch):
     broken = torch.full((3, 32), torch.nan)
-    monkeypatch.setattr(Clip, "encode_image", lambda self, pixels: broken[: len(pixels)])
+    monkeypatch.setattr(Clip, "image_rows", lambda self, pixels: broken[: len(pixels)])
     with pytest.raises(UserError, match="no finite embedding of the picture of sample s000"):
-        embed(made / "shards", made / "clip", tmp_path / "emb", batch_size=3)
+        embed(made / "shards", made / "clip", tmp_path / "emb", batch_size=3, precision="fp32")
+
+
+def test_in_bf16_rows_keep_a_cosine_of_nearly_one_and_the_manifest_says_so(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "_multiplies_bf16", lambda device: True)
+    manifest = embed(made / "shards", made / "clip", tmp_path / "emb", batch_size=3)
+    assert manifest.config["precision"]["text"] == "bf16"
+    exact, short = (EmbeddingStore.open(folder / "emb").text() for folder in (made, tmp_path))
+    cosines = (exact * short).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(short, axis=1)  # rows are float16
+    assert (cosines >= 0.9999).all() and not np.array_equal(exact, short)
+    with pytest.raises(UserError, match="made with precision.text = bf16, but fp32 is asked for"):
+        embed(made / "shards", made / "clip", tmp_path / "emb", precision="fp32")
+
+
+def test_a_folder_made_before_precision_was_noted_is_taken_as_it_is(made, tmp_path):
+    before = Manifest(**json.loads((made / "emb" / "manifest.json").read_text()) | {"config": {}})
+    (tmp_path / "emb").mkdir()
+    (tmp_path / "emb" / "manifest.json").write_text(
+        json.dumps({k: v for k, v in vars(before).items() if k != "folder"})
+    )
+    assert embed(made / "shards", made / "clip", tmp_path / "emb").fingerprint == before.fingerprint
+
+
+def test_a_clip_that_squashes_pictures_gets_them_as_open_clip_makes_them(tmp_path):
+    import open_clip
+
+    tiny.clip(tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= {"resize_mode": "squash", "interpolation": "bilinear"}
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(config))
+    samples = tiny.samples(3)
+    wide = [Image.open(io.BytesIO(one.image)).resize((40, 20)) for one in samples]
+    for n, picture in enumerate(wide):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        samples[n] = Sample(key=samples[n].key, image=file.getvalue(), ext="png", captions=["x"])
+    write_shards(samples, tmp_path / "shards")
+    embed(tmp_path / "shards", tmp_path / "clip", tmp_path / "emb", precision="fp32")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'clip'}")
+    with torch.no_grad():
+        wanted = model.eval().encode_image(torch.stack([preprocess(one) for one in wide]), normalize=True).numpy()
+    np.testing.assert_allclose(EmbeddingStore.open(tmp_path / "emb").image(), wanted, atol=5e-4)
+    with pytest.raises(UserError, match="this model wants bilinear, squash"):
+        Clip.pretrained(tmp_path / "clip")  # training would show it other pictures
 
 
 def test_encode_rows_gives_the_rows_that_embed_writes(made):
@@ -158,3 +206,132 @@ def test_texts_come_back_in_the_order_asked_for_and_equal_ones_are_encoded_once(
     np.testing.assert_allclose(encode_texts(clip, texts, batch_size=2), one_by_one, atol=1e-5)
     assert sorted(seen) == sorted(set(texts))
     assert encode_texts(clip, []).shape == (0, 32)
+
+
+def grown(root, out, shards="{000000..000002}", **options):
+    return embed(f"{root}/shards/{shards}.tar", root / "clip", out, batch_size=3, precision="fp32", **options)
+
+
+def counted(monkeypatch):
+    encoded, plain = [], engines.make_part
+    monkeypatch.setattr(engines, "make_part", lambda shard, *rest: encoded.append(shard.tar[-5]) or plain(shard, *rest))
+    return encoded
+
+
+def test_more_shards_into_the_same_folder_cost_no_more_than_the_new_ones(made, tmp_path, monkeypatch):
+    out = tmp_path / "emb"
+    few = grown(made, out, "{000001..000002}")
+    encoded = counted(monkeypatch)
+    more = grown(made, out)
+    assert encoded == ["0"] and more.fingerprint != few.fingerprint
+    assert files_of(out) == files_of(made / "emb") and [path.name for path in tmp_path.iterdir()] == ["emb"]
+    with pytest.raises(UserError, match="was made from other shards"):  # fewer would lose some
+        grown(made, out, "000001")
+    with pytest.raises(UserError, match="was made from other clip"):
+        embed(made / "shards", tiny.clip(tmp_path / "other", seed=1), out, precision="fp32")
+    assert files_of(out) == files_of(made / "emb")
+
+
+def test_a_run_that_was_killed_goes_on_with_more_shards_and_may_be_killed_again(made, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def after(samples):
+        def kill(done, total, **numbers):
+            if done > samples:
+                raise Killed
+
+        return kill
+
+    out = tmp_path / "emb"
+    grown(made, out, "000002")
+    with pytest.raises(Killed):
+        grown(made, out, "{000001..000002}", on_progress=after(2))
+    with pytest.raises(UserError, match="was made from other shards"):  # the finished folder is still there
+        grown(made, out, "000000")
+    with pytest.raises(Killed):
+        grown(made, out, on_progress=after(6))
+    encoded = counted(monkeypatch)
+    grown(made, out)
+    assert encoded == ["1"] and files_of(out) == files_of(made / "emb")
+    assert [path.name for path in tmp_path.iterdir()] == ["emb"]
+
+
+def test_what_another_clip_left_beside_is_neither_used_nor_removed(made, tmp_path):
+    out = tmp_path / "emb"
+    embed(made / "shards", tiny.clip(tmp_path / "other", seed=1), out, batch_size=3, precision="fp32")
+    os.rename(out, tmp_path / "emb.replaced-0")
+    grown(made, out, "{000001..000002}")
+    grown(made, out)
+    assert files_of(out) == files_of(made / "emb")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["emb", "emb.replaced-0", "other"]
+
+
+def test_an_unfinished_run_that_has_finished_nothing_is_in_nobodys_way(made, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(done, total, **numbers):
+        raise Killed
+
+    out = tmp_path / "emb"
+    with pytest.raises(Killed):
+        grown(made, out, "000001", on_progress=kill)
+    grown(made, out, "000002")
+    assert EmbeddingStore.open(out).keys == ["s008", "s009"] and [path.name for path in tmp_path.iterdir()] == ["emb"]
+
+
+@pytest.mark.parametrize("key", ["shard", "all"])
+def test_parts_that_do_not_say_which_shard_they_are_of_are_not_taken_over(made, tmp_path, key):
+    out = tmp_path / "emb"
+    grown(made, out, "000001")
+    notes = json.loads((out / earlier.PARTS).read_text())
+    del notes[0]["shard"]
+    (out / earlier.PARTS).write_text(json.dumps(notes if key == "shard" else []))
+    with pytest.raises(UserError, match="was made from other shards"):
+        grown(made, out)
+
+
+@pytest.mark.parametrize("moment", ["before the new folder has its name", "before the old one is removed"])
+def test_killed_while_the_larger_folder_takes_the_place_of_the_smaller_one(made, tmp_path, monkeypatch, moment):
+    class Killed(BaseException):
+        pass
+
+    out, rename = tmp_path / "emb", os.rename
+
+    def killed_at(old, new):
+        if str(old).endswith(".partial") and moment.startswith("before the new"):
+            raise Killed
+        rename(old, new)
+
+    def killed(*_, **__):
+        raise Killed
+
+    grown(made, out, "{000001..000002}")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "rename", killed_at)
+        patch.setattr(earlier.Earlier, "remove", killed)
+        grown(made, out)
+    encoded = counted(monkeypatch)
+    grown(made, out)
+    assert encoded == [] and files_of(out) == files_of(made / "emb")
+    assert [path.name for path in tmp_path.iterdir()] == ["emb"]
+
+
+def test_the_command_says_what_it_found_what_it_left_out_and_what_its_rank_did(made, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    import cli
+
+    write_shards(tiny.samples(4), tmp_path / "shards", samples_per_shard=2)
+    write_shards([Sample(key="no", image=b"no", ext="png", captions=["x"], meta={"width": 1})], tmp_path / "more")
+
+    def run(shards, **environment):
+        command = ["embed", "--shards", shards, "--clip", str(made / "clip"), "--out", str(tmp_path / "emb")]
+        return CliRunner().invoke(cli.cli, [*command, "--precision", "fp32", "--device", "cpu"], env=environment).output
+
+    both = f"{tmp_path}/shards::{tmp_path}/more"
+    assert "rank 0 of 2: its shards are embedded" in run(both, RANK="0", WORLD_SIZE="2")
+    said = run(both)
+    assert "emb/: 2 shards (3 of 5 samples) are embedded already; going on" in said
+    assert "emb/: 4 rows of width 32; 1 bad pictures, 0 skipped" in said and "bad.csv" in said

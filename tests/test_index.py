@@ -5,12 +5,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from click.testing import CliRunner
 
-from clip_train.folder import read_manifest
+import cli
 from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore
+from retrieval import build, tune
 from retrieval import index as module
-from retrieval.index import build_index, candidates, load_index, parse_bytes
+from retrieval.index import build_index, choose_and_build, load_index, parse_bytes
+from retrieval.kinds import Kind
 
 DIM = 32
 
@@ -39,8 +42,8 @@ def small(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def measure_briefly(monkeypatch):
-    monkeypatch.setattr(module, "SECONDS", 0.001)
-    monkeypatch.setattr(module, "QUERIES", 300)
+    monkeypatch.setattr(tune, "SECONDS", 0.001)
+    monkeypatch.setattr(tune, "QUERIES", 150)
 
 
 def recall_of(index, embeddings, queries):
@@ -97,22 +100,47 @@ def test_more_recall_takes_a_higher_setting_and_the_table_shows_the_way(large, t
 
 def test_hnsw_keeps_its_knob_in_the_file(large, tmp_path):
     entry = build_index(large, tmp_path / "index", recall=0.97, kind="hnsw").result["image"]
-    assert entry["kind"] == "HNSW32" and entry["recall"] >= 0.97
+    assert entry["kind"] == "HNSW32,SQ8" and entry["recall"] >= 0.97
     assert load_index(tmp_path / "index").hnsw.efSearch == entry["value"]
 
 
 def test_a_kind_that_cannot_reach_the_recall_is_replaced_by_an_exact_one(large, tmp_path, monkeypatch):
-    plain = module.candidates
+    monkeypatch.setattr(module, "SLACK", 1.0)  # try codes even where they cannot reach it
+    lossy = [[Kind("SQ8", lists=150)], [Kind("Flat")]]
+    monkeypatch.setattr(module, "tiers", lambda *_, **__: lossy)
+    entry = build_index(large, tmp_path / "index", recall=0.9999, kind="ivf").result["image"]
+    assert entry["kind"] == "Flat"
+    others = [row for row in entry["tried"] if row["kind"] != "Flat"]
+    assert max(row["recall"] for row in others) < 0.9999
+    assert max(row["value"] for row in others) < 100  # of 150 lists: turning it further was seen to be useless
 
-    def without_lossless(n, dim, kind):
-        return [c for c in plain(n, dim, kind) if c.factory in ("Flat",) or c.factory.endswith("SQ8")]
 
-    monkeypatch.setattr(module, "candidates", without_lossless)
-    manifest = build_index(large, tmp_path / "index", recall=0.9999, kind="ivf")
-    assert manifest.result["image"]["kind"] == "Flat"
-    others = [entry for entry in manifest.result["image"]["tried"] if entry["kind"] != "Flat"]
-    assert max(entry["recall"] for entry in others) < 0.9999
-    assert max(entry["value"] for entry in others) < 100  # of 150 lists: turning it further was seen to be useless
+def test_codes_that_cannot_reach_the_recall_are_not_even_built(large, tmp_path):
+    entry = build_index(large, tmp_path / "index", recall=0.9999, kind="ivf").result["image"]
+    assert entry["ceilings"]["SQ8"] < 0.9999 and not any(row["kind"].endswith("SQ8") for row in entry["tried"])
+    assert entry["recall"] >= 0.9999
+
+
+def test_the_ceiling_of_codes_is_the_recall_of_searching_all_rows_by_them(large):
+    store = EmbeddingStore.open(large)
+    asked, _ = tune.questions(store, "image")
+    for codes in ("SQ8", "SQ4"):
+        index = faiss.index_factory(DIM, codes, faiss.METRIC_INNER_PRODUCT)
+        index.train(store.image())
+        index.add(store.image())
+        assert asked.ceiling(codes) == pytest.approx(asked.recall(index), abs=0.02)
+
+
+def test_of_kinds_that_reach_the_recall_the_fastest_is_taken(large, tmp_path, monkeypatch):
+    speeds = iter([100.0, 300.0, 200.0])
+    monkeypatch.setattr(module, "tiers", lambda *_, **__: [[Kind("SQ8", 50), Kind("SQfp16", 50), Kind("Flat", 50)]])
+    monkeypatch.setattr(tune, "confirm", lambda index, setting, *_: (setting, setting.recall))
+    monkeypatch.setattr(tune.Questions, "speed", lambda *_: 1.0)
+    plain = module.Built
+    monkeypatch.setattr(module, "Built", lambda *values: plain(*values[:2], next(speeds), values[3]))
+    result = choose_and_build(EmbeddingStore.open(large), "image", tmp_path / "i.index", recall=0.9)
+    assert result["kind"] == "IVF50,SQfp16" and result["queries_per_second"] == 300.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i.index"]  # nothing is left of the others
 
 
 def test_half_the_memory_of_flat_is_enough_to_stay_exact_and_less_makes_it_approximate(large, tmp_path):
@@ -121,7 +149,7 @@ def test_half_the_memory_of_flat_is_enough_to_stay_exact_and_less_makes_it_appro
     half = build_index(large, tmp_path / "b", memory=flat - 1).result["image"]
     assert half["kind"] == "SQfp16" and half["recall"] > 0.999
     quarter = build_index(large, tmp_path / "c", memory=int(0.48 * flat), recall=0.9)
-    assert quarter.result["image"]["kind"].endswith("SQ8")
+    assert "SQ8" in quarter.result["image"]["kind"]
     assert (tmp_path / "c" / "image.index").stat().st_size < 0.24 * flat
 
 
@@ -132,7 +160,7 @@ def test_too_little_memory_for_the_recall_is_refused_with_what_would_do(large, t
         build_index(large, tmp_path / "index2", memory=int(0.48 * 6000 * DIM * 8), recall=0.9999)
 
 
-def test_bytes_per_row_are_close_to_the_file(large, tmp_path):
+def test_the_memory_said_is_that_of_the_file(large, tmp_path):
     for kind in ("flat", "ivf", "hnsw"):
         entry = build_index(large, tmp_path / kind, kind=kind).result["image"]
         size = (tmp_path / kind / "image.index").stat().st_size / 6000
@@ -142,7 +170,7 @@ def test_bytes_per_row_are_close_to_the_file(large, tmp_path):
 def test_the_measured_recall_is_that_of_a_damaged_index(small, monkeypatch):
     """The measurement itself: an index that lost half its rows finds about half of the true answers."""
     store = EmbeddingStore.open(small)
-    _, test = module._questions(store, "image")
+    _, test = tune.questions(store, "image")
     index = faiss.IndexFlatIP(DIM)
     rows = store.image()
     rows[::2] = 0
@@ -152,9 +180,9 @@ def test_the_measured_recall_is_that_of_a_damaged_index(small, monkeypatch):
 
 def test_queries_are_of_the_other_modality_and_the_two_halves_do_not_overlap(small):
     store = EmbeddingStore.open(small)
-    tune, test = module._questions(store, "image")
+    halves = tune.questions(store, "image")
     everything = {row.tobytes() for row in store.text()}
-    first, second = ({row.tobytes() for row in half.queries} for half in (tune, test))
+    first, second = ({row.tobytes() for row in half.queries} for half in halves)
     assert first | second == everything and not first & second
 
 
@@ -201,19 +229,38 @@ def test_running_it_again_does_nothing_and_other_settings_are_refused(small, tmp
         build_index(small, tmp_path / "index", recall=0.9)
 
 
-def test_a_killed_build_leaves_nothing_and_is_made_again(small, tmp_path, monkeypatch):
-    def die(*args, **numbers):
+def test_a_stopped_build_leaves_no_index_and_goes_on_from_its_stages(large, tmp_path, monkeypatch):
+    whole = build_index(large, tmp_path / "whole", kind="pq")
+
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        build_index(small, tmp_path / "index", on_progress=die)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tune, "tune", stop)
+        build_index(large, tmp_path / "index", kind="pq")
     assert not (tmp_path / "index").exists()
-    build_index(small, tmp_path / "index")
-    assert read_manifest(tmp_path / "index", "index").result["rows"] == 300
+    monkeypatch.setattr(build, "k_means", stop)  # the centres are there
+    monkeypatch.setattr(build, "nearest", stop)  # and so is each row's centre
+    again = tmp_path / "index.partial" / "scratch" / "image"
+    assert list(again.glob("centres*.npy")) and list(again.glob("owners*.npy"))
+    with pytest.raises(KeyboardInterrupt):  # those of the captions are not
+        build_index(large, tmp_path / "index", kind="pq")
+    monkeypatch.undo()
+    monkeypatch.setattr(tune, "SECONDS", 0.001)
+    monkeypatch.setattr(tune, "QUERIES", 150)
+    made = build_index(large, tmp_path / "index", kind="pq")
+    for modality in ("image", "text"):
+        assert made.result[modality]["kind"] == whole.result[modality]["kind"] == "IVF150,PQ8x4fsr,Refine(SQ8)"
+        assert made.result[modality]["recall"] >= 0.95
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
+        "image.index", "manifest.json", "metadata", "text.index"
+    ]  # fmt: skip
 
 
 def test_bad_settings_are_one_line(small, tmp_path):
     for wrong, message in (
+        ({"workers": 0}, "workers 0 must be at least 1"),
+        ({"engine": "spark"}, "engine 'spark' must be one of: local, ray"),
         ({"kind": "magic"}, "kind 'magic' must be one of: auto, flat"),
         ({"recall": 1.5}, "recall 1.5 must be above 0"),
         ({"memory": "a lot"}, "memory 'a lot' is not a number of bytes"),
@@ -230,18 +277,6 @@ def test_a_damaged_index_file_is_one_line(small, tmp_path):
         load_index(tmp_path / "index")
 
 
-def test_auto_is_exact_for_small_sets_and_approximate_for_large_ones():
-    assert candidates(20_000, 512)[0].factory == "Flat"
-    assert candidates(20_001, 512)[0].factory == "IVF500,SQ8"
-    assert candidates(1_000_000, 512)[0].factory == "IVF4000,SQ8"
-    assert candidates(1_000_000, 512)[-2].factory == "Flat"
-
-
-def test_knob_values_rise_to_the_largest():
-    values = list(candidates(1_000_000, 512)[0].values())
-    assert values[:5] == [1, 2, 3, 4, 6] and values[-1] == 4000 and values == sorted(set(values))
-
-
 def test_bytes_are_read_as_people_write_them():
     assert [parse_bytes(text) for text in (1000, "1000", "4G", "1.5 MB", "2kb")] == [
         1000,
@@ -250,3 +285,13 @@ def test_bytes_are_read_as_people_write_them():
         1500000,
         2000,
     ]
+
+
+def test_the_command_prints_what_was_tried_and_needs_embeddings(small, tmp_path):
+    run = CliRunner().invoke(cli.cli, ["index", "--embeddings", str(small), "--out", str(tmp_path / "i"), "--report"])
+    assert run.exit_code == 0, run.output
+    head, *lines = run.stdout.splitlines()
+    assert head.split() == ["index", "kind", "knob", "value", "k_factor", "recall", "queries_per_second"]
+    assert [line.split()[:2] for line in lines] == [["image", "Flat"], ["text", "Flat"]]
+    assert "image.index: Flat, recall@10 1.000" in run.stderr
+    assert "Missing option '--embeddings'" in CliRunner().invoke(cli.cli, ["index"]).output

@@ -193,3 +193,59 @@ def test_folders_that_hold_no_usable_model_are_refused_by_name(folder, tmp_path)
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(UserError, match="damaged or not a safetensors"):
         Clip.load(tmp_path)
+
+
+def test_a_coca_embeds_as_in_open_clip_but_is_not_trained(tmp_path):
+    import open_clip
+
+    text = {**TINY["text_cfg"], "context_length": 16, "embed_cls": True, "output_tokens": True}
+    vision = {**TINY["vision_cfg"], "attentional_pool": True, "output_tokens": True, "attn_pooler_heads": 4}
+    decoder = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    clip = Clip(
+        {**TINY, "text_cfg": text, "vision_cfg": vision, "multimodal_cfg": decoder, "custom_text": True},
+        preprocess_config(32),
+    )
+    clip.save(tmp_path)
+    model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    assert type(model).__name__ == "CoCa"
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        image = model.encode_image((pixels - clip.mean) / clip.std, normalize=True)
+        text = model.encode_text(clip.tokenize(CAPTIONS), normalize=True)
+    for made in (Clip.load(tmp_path), Clip.load(f"local-dir:{tmp_path}").for_inference("auto")):
+        assert torch.nn.functional.cosine_similarity(made.encode_image(pixels), image).min() >= 0.9999
+        assert torch.nn.functional.cosine_similarity(made.encode_text(CAPTIONS), text).min() >= 0.9999
+    with pytest.raises(UserError, match="text tower that unclip does not train"):
+        Clip.pretrained(tmp_path)
+
+
+def test_a_named_model_is_loaded_for_use_whatever_its_way_to_resize(listed):
+    clip = Clip.load("tiny-vit:squash")
+    assert not any(p.requires_grad for p in clip.parameters()) and clip.picture_shape == (32, 32)
+    assert clip.to_pixels(Image.new("RGB", (80, 40), "red")).shape == (3, 32, 32)
+    with pytest.raises(UserError, match="this model wants bicubic, squash"):
+        _ = clip.image_size
+
+
+def test_pictures_that_are_not_square_are_resized_as_open_clip_does():
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    from clip_train.model import pixel_maker
+
+    picture = Image.effect_mandelbrot((50, 40), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    for how in ({"size": [48, 32]}, {"resize_mode": "longest"}, {"interpolation": "bilinear", "resize_mode": "squash"}):
+        cfg = preprocess_config(32) | how
+        wanted = image_transform_v2(PreprocessCfg(**cfg), is_train=False)(picture)
+        mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+        assert torch.allclose((pixel_maker(cfg)(picture) / 255 - mean) / std, wanted, atol=1e-6)
+
+
+def test_a_tokenizer_of_transformers_names_the_package_where_it_is_not_installed(monkeypatch):
+    from open_clip import tokenizer
+
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "some/t5"}
+    clip = Clip({**TINY, "text_cfg": text}, preprocess_config(32))
+    monkeypatch.setattr(tokenizer, "HFTokenizer", lambda *_, **__: __import__("no_such_transformers"))
+    with pytest.raises(UserError, match="some/t5 tokenizer, which needs: pip install transformers"):
+        clip.encode_text(["x"])

@@ -1,6 +1,10 @@
+import csv
 import io
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +15,11 @@ from clip_train import calibration
 from clip_train.embed import embed
 from clip_train.model import Clip
 from clip_train.settings import UserError
+from clip_train.shards import write_shards
 from clip_train.store import EmbeddingStore
+from retrieval import changes
 from retrieval.index import build_index
+from retrieval.query import Term, parse_algebra
 from retrieval.search import Searcher
 
 
@@ -147,12 +154,12 @@ def test_the_whole_world_may_be_moved(world, tmp_path):
     assert searcher.manifest.input_path("clip") == tmp_path / "moved" / "clip"
 
 
-def test_an_approximate_index_never_returns_empty_places(world, tmp_path):
+def test_an_approximate_index_returns_all_rows_that_are_asked_for_and_no_empty_places(world, tmp_path):
     rows = tiny.unit_rows(400, 32)
     tiny.store(tmp_path / "emb", rows)
     build_index(tmp_path / "emb", tmp_path / "index", kind="ivf", recall=0.1)
     hits = Searcher.open(tmp_path / "index").vectors(rows[0], k=400)[0]
-    assert 0 < len(hits) < 400 and [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
+    assert sorted(hit.row for hit in hits) == list(range(400)) and [hit.rank for hit in hits] == list(range(1, 401))
 
 
 def test_a_file_that_is_no_picture_is_one_line(searcher, tmp_path):
@@ -173,7 +180,7 @@ def test_an_unknown_modality_is_one_line(searcher):
 def test_an_index_that_does_not_match_its_metadata_is_refused(world, tmp_path):
     shutil.copytree(world / "index", tmp_path / "index")
     next((tmp_path / "index" / "metadata").iterdir()).unlink()
-    with pytest.raises(UserError, match="image.index holds 10 rows of width 32, but the folder has 6 rows"):
+    with pytest.raises(UserError, match="metadata/ has 6 rows, but the index has 10; make it again"):
         Searcher.open(tmp_path / "index")
 
 
@@ -232,3 +239,246 @@ def test_the_command_line_shows_a_column_of_probabilities_only_where_there_are_s
     assert found[0]["hits"][0]["probability"] == 0.5
     shown = CliRunner().invoke(cli.cli, ["search", "a fox", "--modality", "text", *options]).stdout
     assert shown.split()[:4] == ["rank", "score", "key", "caption"]
+
+
+def test_a_clip_that_was_taken_by_name_is_looked_for_by_name(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "index", tmp_path / "index")
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    manifest["inputs"]["clip"]["path"] = "../emb/ViT-B-32:openai"
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
+    load, asked = Clip.load, []
+    monkeypatch.setattr(Clip, "load", lambda spec, device: asked.append(spec) or load(world / "clip"))
+    assert Searcher.open(tmp_path / "index").clip.embed_dim == 32 and asked == ["ViT-B-32:openai"]
+
+
+def test_the_filters_that_were_asked_for_last_are_kept(world, monkeypatch):
+    monkeypatch.setattr("retrieval.search.MASK_BYTES", 20)  # of two masks of ten rows
+    searcher = Searcher.open(world / "index")
+    for text in ("width == 20", "width == 21", "width == 20", "width == 22"):
+        searcher.vectors(np.ones(32), 3, where=text)
+    assert [where.text for where in searcher._view._masks] == ["width == 20", "width == 22"]
+
+
+# Sums
+
+
+def test_a_sum_of_texts_pictures_keys_and_vectors_is_the_sum_of_their_rows(searcher, world):
+    clip, store = Clip.load(world / "clip"), EmbeddingStore.open(world / "emb")
+    words = clip.encode_text(["something", "else"]).numpy()
+    terms = [Term("text", "something"), Term("text", "else", -0.5), Term("key", "s003", 0.7)]
+    terms += [Term("image", tiny.picture(5), 2.0), Term("vector", store.image([8])[0] * 9)]
+    total = words[0] - 0.5 * words[1] + 0.7 * store.image([3])[0] + 2 * store.image([5])[0] + store.image([8])[0]
+    expected = total / np.linalg.norm(total)
+    np.testing.assert_allclose(searcher.encode(terms), expected, atol=2e-3)
+    hits = searcher.query(terms, k=10)
+    scores = store.image() @ expected
+    np.testing.assert_allclose([hit.score for hit in hits], -np.sort(-scores), atol=5e-3)
+    assert hits[0].row == int(scores.argmax())
+
+
+def test_several_sums_are_answered_as_one_after_the_other(searcher):
+    sums = [parse_algebra("something - else"), [Term("key", "s003")], [Term("image", tiny.picture(4))]]
+    together = searcher.queries(sums, 3)
+    alone = [searcher.query(terms, 3) for terms in sums]
+    assert [[hit.row for hit in hits] for hits in together] == [[hit.row for hit in hits] for hits in alone]
+    assert together[1][0].key == "s003" and together[2][0].key == "s004"
+
+
+def test_a_vector_in_a_file_is_a_term(searcher, world, tmp_path):
+    store = EmbeddingStore.open(world / "emb")
+    np.save(tmp_path / "row.npy", store.image([6])[0])
+    assert searcher.query([Term("vector", str(tmp_path / "row.npy"))], 1)[0].row == 6
+    np.save(tmp_path / "two.npy", store.image([6, 7]))
+    with pytest.raises(UserError, match="a term is one vector, but .*two.npy holds 2"):
+        searcher.query([Term("vector", str(tmp_path / "two.npy"))])
+
+
+def test_a_key_that_is_not_there_is_one_line(searcher):
+    with pytest.raises(UserError, match="index/ has no sample with the key 'nobody'"):
+        searcher.query([Term("key", "nobody")])
+    assert searcher.row_of("s004") == 4 and searcher.row_of("nobody") is None
+
+
+# Filters and distinct hits
+
+
+def test_a_filter_keeps_k_hits_in_the_order_of_their_cosines(searcher, world):
+    store = EmbeddingStore.open(world / "emb")
+    passing = [1, 2, 4, 7]
+    where = "source.page in [1, 2, 4, 7] and width == 20"
+    query = store.image([0])[0]
+    expected = sorted(passing, key=lambda row: -float(store.image([row])[0] @ query))
+    for k in (2, 4, 10):
+        (hits,) = searcher.vectors(query, k, where=where)
+        assert [hit.row for hit in hits] == expected[:k] and [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
+    assert searcher.vectors(query, 3, where="label == 'nothing'") == [[]]
+    assert searcher.text(["x"], 3, where="label == 'label 2'")[0][0].meta["label"] == "label 2"
+    assert len(searcher.picture([tiny.picture(1)], 3, where="not (source.page < 8)")[0]) == 2
+
+
+def test_a_filter_keeps_k_hits_of_an_approximate_index(tmp_path):
+    rows = tiny.unit_rows(3000, 16)
+    tiny.store(tmp_path / "emb", rows)
+    build_index(tmp_path / "emb", tmp_path / "index", kind="ivf", recall=0.5)
+    searcher = Searcher.open(tmp_path / "index")
+    (hits,) = searcher.vectors(rows[5], 20, where="image_path.endswith('7')")
+    assert len(hits) == 20 and all(hit.key.endswith("7") for hit in hits)
+
+
+def test_a_filter_on_a_column_that_is_not_there_names_those_that_are(searcher):
+    with pytest.raises(UserError, match=r"no column 'lable' \(label\?\); the columns are: .*source.page \(number\)"):
+        searcher.text(["x"], where="lable == 'x'")
+    assert searcher.columns["label"] == "text" and searcher.columns["width"] == "number"
+
+
+def test_distinct_hits_leave_near_copies_out_and_still_are_k(tmp_path):
+    """Twenty rows, nine near copies behind each; by hand, the answer is the twenty in their order."""
+    dim = 32
+    centres = np.linalg.qr(tiny.unit_rows(dim, dim))[0][:20].astype(np.float32)  # at right angles
+    copies = np.repeat(centres, 10, axis=0) + 0.01 * tiny.unit_rows(200, dim, seed=1)
+    copies /= np.linalg.norm(copies, axis=1, keepdims=True)
+    tiny.store(tmp_path / "emb", copies)
+    build_index(tmp_path / "emb", tmp_path / "index")
+    searcher = Searcher.open(tmp_path / "index")
+    query = (np.arange(20, 0, -1) @ centres).astype(np.float32)
+    assert [hit.row // 10 for hit in searcher.vectors(query, 20)[0]] == [0] * 10 + [1] * 10
+    (hits,) = searcher.vectors(query, 20, distinct=0.9)
+    assert [hit.row // 10 for hit in hits] == list(range(20)) and [hit.rank for hit in hits] == list(range(1, 21))
+    assert hits[0].row == searcher.vectors(query, 1)[0][0].row  # the best of its copies is the one that stays
+    (some,) = searcher.vectors(query, 3, distinct=0.9, where="image_path >= 'k00150'")
+    assert [hit.row // 10 for hit in some] == [15, 16, 17]
+    assert len(searcher.vectors(query, 40, distinct=0.9)[0]) == 20  # there are no more
+    assert len(searcher.vectors(query, 40, distinct=1.0)[0]) >= 39
+
+
+@pytest.mark.parametrize("distinct", [0.0, 1.5, -1.0, float("nan")])
+def test_a_cosine_that_would_leave_nothing_out_or_all_is_refused(searcher, distinct):
+    with pytest.raises(UserError, match="is a cosine above 0 and at most 1"):
+        searcher.text(["x"], distinct=distinct)
+
+
+# A server's needs
+
+
+def test_pictures_come_as_the_files_that_lie_in_the_tars(searcher):
+    assert searcher.picture_bytes(7) == (tiny.picture(7), "image/png") and searcher.tar_of(7) == "000001.tar"
+
+
+def test_many_threads_get_the_answers_that_one_gets(world):
+    queries = [f"query {n}" for n in range(24)]
+    alone = Searcher.open(world / "index")
+    truth = [alone.query([Term("text", q), Term("key", "s003", 0.5)], 4, where="width == 20") for q in queries]
+    shared = Searcher.open(world / "index")  # nothing is loaded yet
+    start = threading.Barrier(8)
+
+    def ask(n):
+        if n < 8:
+            start.wait()
+        found = shared.query([Term("text", queries[n]), Term("key", "s003", 0.5)], 4, where="width == 20")
+        return found, shared.picture_bytes(found[0].row), shared.row_of("s001")
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(24)))
+    for (found, (file, _), row), expected in zip(answers, truth, strict=True):
+        assert [hit.row for hit in found] == [hit.row for hit in expected] and row == 1
+        assert file == tiny.picture(expected[0].row)
+
+
+def test_rows_that_are_added_and_deleted_are_seen_after_a_refresh_with_pictures_of_their_own_tars(world, tmp_path):
+    shutil.copytree(world, tmp_path / "w")
+    root = tmp_path / "w"
+    searcher = Searcher.open(root / "index")
+    old = searcher.index
+    # four of the keys come again with other pictures, in tars of their own
+    other = [replace(sample, image=tiny.picture(100 + n)) for n, sample in enumerate(tiny.samples(4))]
+    write_shards([*other, *tiny.samples(3, "new")], root / "more", samples_per_shard=100)
+    embed(root / "more", root / "clip", root / "emb2")
+    changes.add(root / "index", root / "emb2", replace=True)
+    changes.delete(root / "index", ["s007"])
+    assert searcher.index is old and searcher.row_of("new001") is None
+    assert searcher.refresh() and not searcher.refresh()
+    assert len(searcher) == 12 and searcher.row_of("s007") is None
+    expected = {"s001": 101, "s003": 103, "s005": 5, "new002": 2}
+    for key, seed in expected.items():
+        assert searcher.picture_bytes(searcher.row_of(key)) == (tiny.picture(seed), "image/png")
+        hits = searcher.picture([tiny.picture(seed)], 2)[0]
+        assert key in [hit.key for hit in hits] and hits[0].score == pytest.approx(1, abs=2e-3)
+    assert all(hit.key != "s007" for hit in searcher.text(["x"], 50)[0])
+    assert len(searcher.text(["x"], 50, where="image_path.startswith('s')")[0]) == 9
+    changes.add(root / "index", root / "emb", replace=True)  # the first pictures come back
+    searcher.refresh()
+    assert searcher.picture_bytes(searcher.row_of("s001")) == (tiny.picture(1), "image/png")
+    changes.compact(root / "index")
+    assert searcher.refresh() and len(searcher) == 13
+    for key, seed in {"s001": 1, "s007": 7, "new002": 2}.items():
+        assert searcher.picture_bytes(searcher.row_of(key)) == (tiny.picture(seed), "image/png")
+
+
+def test_a_searcher_looks_again_only_when_the_folder_has_changed(searcher):
+    index = searcher.index
+    assert searcher.refresh() is False and searcher.index is index
+
+
+# The command line
+
+
+def run(*arguments):
+    from click.testing import CliRunner
+
+    import cli
+
+    return CliRunner().invoke(cli.cli, ["search", *map(str, arguments)])
+
+
+def test_the_command_line_searches_with_sums_filters_and_files(world, tmp_path):
+    index = ["--index", world / "index", "-k", "3", "--device", "cpu"]
+    (tmp_path / "queries.txt").write_text("something - else\nkey:s003\n")
+    found = json.loads(run("--file", tmp_path / "queries.txt", "--json", *index).stdout)
+    assert [one["query"] for one in found] == ['"something" - "else"', "key:s003"]
+    assert found[0]["terms"][1] == {"kind": "text", "value": "else", "weight": -1.0}
+    assert found[1]["hits"][0]["key"] == "s003" and "terms" not in found[1]
+
+    shown = run("t-shirt - red", *index)
+    assert 'is read as "t-shirt" - "red"; --literal takes it as it stands' in shown.stderr
+    assert "is read as" not in run("t-shirt - red", "--literal", *index).stderr
+
+    where = ["--where", "width == 20", "--where", "source.page > 3 or label == 'x'", "--distinct", "0.999"]
+    (one,) = json.loads(run("--key", "s005", "--plus", "red", "--minus", "0.5*blue", "--json", *where, *index).stdout)
+    assert one["query"] == 'key:s005 + "red" - 0.5*"blue"' and {hit["row"] > 3 for hit in one["hits"]} == {True}
+    assert "no row of" in run("x", "--where", "width > 20", *index).stderr
+
+
+def test_the_command_line_writes_csv_json_and_sheets(world, tmp_path, monkeypatch):
+    index = ["--index", world / "index", "-k", "2", "--device", "cpu"]
+    lines = list(csv.DictReader(io.StringIO(run("a, b", "--csv", *index).stdout)))
+    assert [line["rank"] for line in lines] == ["1", "2"] and lines[0]["query"] == "a, b"
+    assert json.loads(lines[0]["captions"])[1] == "one of many" and lines[0]["source.page"].isdigit()
+    run("x", "--out", tmp_path / "hits.csv", *index)
+    run("x", "--out", tmp_path / "hits.json", *index)
+    assert len((tmp_path / "hits.csv").read_text().splitlines()) == 3
+    assert len(json.loads((tmp_path / "hits.json").read_text())[0]["hits"]) == 2
+
+    opened = []
+    monkeypatch.setattr("click.launch", lambda path: opened.append(path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "q.png").write_bytes(tiny.picture(3))
+    run("--image", tmp_path / "q.png", "--key", "s004", "x", "--open", *index)
+    with Image.open(opened[0]) as sheet:
+        assert sheet.format == "PNG" and sheet.size[0] > 300
+    run("x", "--sheet", tmp_path / "sheet.png", *index)
+    assert (tmp_path / "sheet.png").exists() and len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to search for"),
+        (["x", "--json", "--csv"], "--json and --csv contradict"),
+        (["x", "--out", "hits.txt"], "must end in .json or .csv"),
+        (["x", "--where", "width ="], "write == to compare"),
+        (["--key", "nobody"], "no sample with the key 'nobody'"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(world, arguments, said):
+    result = run(*arguments, "--index", world / "index", "--device", "cpu")
+    assert isinstance(result.exception, UserError) and said in str(result.exception)

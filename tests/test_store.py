@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import tiny
 
+from clip_train import store as store_module
 from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore, EmbeddingWriter, first_not_unit
 
@@ -156,3 +157,14 @@ def test_a_pickle_in_place_of_an_array_is_not_opened(folder):
 def test_the_check_of_unit_rows_allows_float16_and_nothing_else():
     assert first_not_unit(tiny.unit_rows(500, 512).astype(np.float16)) is None
     assert first_not_unit(np.array([[1.0, 0.0], [0.0, 1.01]])) == 1
+
+
+def test_rows_are_the_same_whether_their_parts_are_kept_in_memory_or_read_each_time(tmp_path, monkeypatch):
+    tiny.store(tmp_path / "emb", tiny.unit_rows(12, 8), parts=4)
+    table = EmbeddingStore.open(tmp_path / "emb").table
+    reads, read = [], table._read
+    for kept, most in ((1, 0), (4, 10**9)):
+        table._part = store_module._LastRead(lambda part: reads.append(part) or read(part), most)
+        assert [table.row(row)["image_path"] for row in (0, 11, 5, 0)] == ["k00000", "k00011", "k00005", "k00000"]
+        assert reads == ([0, 3, 1, 0] if kept == 1 else [0, 3, 1])  # one is always kept
+        reads.clear()

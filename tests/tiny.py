@@ -88,8 +88,10 @@ def unit_rows(n: int, dim: int, seed: int = 0) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def store(folder: Path, image: np.ndarray, text: np.ndarray | None = None, parts: int = 1) -> Manifest:
-    """An embeddings folder of these rows, with two captions a row: text[i] and its mirror image."""
+def store(folder: Path, image: np.ndarray, text: np.ndarray | None = None, parts: int = 1, first: int = 0) -> Manifest:
+    """An embeddings folder of these rows, with two captions a row: text[i] and its mirror image.
+
+    first: the number in the first row's key and captions."""
     text = image if text is None else text
     where = folder.parent
     inputs = {name: Input(f"sha256:{name}", where / name) for name in ("shards", "clip")}
@@ -100,7 +102,7 @@ def store(folder: Path, image: np.ndarray, text: np.ndarray | None = None, parts
         captions[1::2] *= -1
         metadata = [
             {"image_path": f"k{row:05d}", "caption": f"row {row}", "captions": [f"row {row}", f"not row {row}"]}
-            for row in rows.tolist()
+            for row in (rows + first).tolist()
         ]
         writer.write(part, image[rows], captions, np.repeat(np.arange(len(rows)), 2), metadata, {"rows": len(rows)})
     return space.publish({"rows": len(image), "shards": []})

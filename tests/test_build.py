@@ -1,0 +1,240 @@
+import os
+import sys
+import time
+import tracemalloc
+
+import crew
+import faiss
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from clip_train.folder import read_manifest
+from clip_train.settings import UserError
+from clip_train.store import EmbeddingStore
+from retrieval import build as module
+from retrieval import index, tune
+from retrieval.build import build, k_means, nearest
+from retrieval.index import build_index, load_index
+from retrieval.kinds import Kind, available
+
+DIM = 32
+KINDS = [
+    Kind("SQ8", 30),
+    Kind("PQ8x4", 30, "SQ8"),
+    Kind("RaBitQ", 30, "SQ6"),
+    Kind("PQ8x4", 30, "SQ8", 8),
+    Kind("Flat"),
+]
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build") / "emb"
+    tiny.store(folder, tiny.unit_rows(3000, DIM), tiny.unit_rows(3000, DIM, seed=1), parts=4)
+    return folder
+
+
+def answers(path, nprobe=8):
+    index = faiss.read_index(str(path))
+    inner = index
+    if hasattr(index, "base_index"):
+        index.k_factor, inner = 4, faiss.downcast_index(index.base_index)
+    ivf = faiss.try_extract_index_ivf(inner)
+    if ivf is not None:
+        ivf.nprobe = nprobe
+    return index.search(tiny.unit_rows(100, DIM, seed=9), 10)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_an_index_merged_from_parts_answers_as_one_built_at_once(kind, embeddings, tmp_path, monkeypatch):
+    if not available(kind, DIM):
+        pytest.skip("this faiss does not make it")
+    store = EmbeddingStore.open(embeddings)
+    whole = build(store, "image", kind, tmp_path / "whole")
+    monkeypatch.setattr(module, "PART", 700)
+    monkeypatch.setattr(module, "BLOCK", 300)
+    parts = build(store, "image", kind, tmp_path / "parts")
+    np.testing.assert_array_equal(answers(parts)[1], answers(whole)[1])
+    np.testing.assert_array_equal(answers(parts)[0], answers(whole)[0])
+    assert not list((tmp_path / "parts").glob("*-*.codes"))
+
+
+def test_an_index_built_by_two_processes_answers_as_one_built_by_one(embeddings, tmp_path):
+    store = EmbeddingStore.open(embeddings)
+    kind = Kind("PQ8x4", 30, "SQ8")
+    one = build(store, "text", kind, tmp_path / "one")
+    seen = []
+    two = build(
+        store,
+        "text",
+        kind,
+        tmp_path / "two",
+        workers=2,
+        on_progress=lambda done, total, **_: seen.append((done, total)),
+    )
+    np.testing.assert_array_equal(answers(two)[1], answers(one)[1])
+    assert seen[-1] == (3000, 3000) and len(seen) == 2
+
+
+def test_finished_parts_are_not_made_again(embeddings, tmp_path, monkeypatch):
+    store, kind, made = EmbeddingStore.open(embeddings), Kind("SQ8", 30), []
+    monkeypatch.setattr(module, "PART", 1000)
+    plain = module._save_part
+
+    def stop_at_the_third(store, part, *rest):
+        if part.start == 2000 and len(made) < 3:
+            made.append("stopped")
+            raise KeyboardInterrupt
+        made.append(part.start)
+        plain(store, part, *rest)
+
+    monkeypatch.setattr(module, "_save_part", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        build(store, "image", kind, tmp_path)
+    path = build(store, "image", kind, tmp_path)
+    assert made == [0, 1000, "stopped", 2000]
+    assert faiss.read_index(str(path)).ntotal == 3000
+
+
+def test_kinds_with_the_same_lists_share_centres_and_owners(embeddings, tmp_path, monkeypatch):
+    store = EmbeddingStore.open(embeddings)
+    build(store, "image", Kind("SQ8", 30), tmp_path)
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(module, "k_means", never)
+    monkeypatch.setattr(module, "nearest", never)
+    build(store, "image", Kind("PQ8x4", 30, "SQ8"), tmp_path)
+    with pytest.raises(AssertionError):
+        build(store, "image", Kind("SQ8", 31), tmp_path)
+
+
+def test_k_means_finds_clusters_that_lie_apart_and_leaves_no_centre_empty():
+    truth = tiny.unit_rows(12, 64)
+    noise = 0.02 * np.random.default_rng(3).standard_normal((600, 64)).astype(np.float32)
+    rows = torch.nn.functional.normalize(torch.from_numpy(np.repeat(truth, 50, axis=0) + noise))
+    centres = k_means(rows, 12)
+    assert len(nearest(rows, centres).unique()) == 12
+    assert float((rows * centres[nearest(rows, centres)]).sum(1).mean()) > 0.85
+    same = k_means(torch.nn.functional.normalize(torch.ones(40, 8)), 3)
+    torch.testing.assert_close(torch.linalg.vector_norm(same, dim=1), torch.ones(3))
+
+
+def test_more_rows_than_a_block_are_never_in_memory_at_once(tmp_path, monkeypatch):
+    """As numpy counts it: 40,000 rows of 256 are 41 MB as float32, a block of 2,000 is 2 MB."""
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((40_000, 256), dtype=np.float32)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    tiny.store(tmp_path / "emb", image, parts=3)
+    monkeypatch.setattr(module, "BLOCK", 2000)
+    monkeypatch.setattr(module, "SAMPLE", 4000)
+    monkeypatch.setattr(module, "TRAINING", 2000)
+    store = EmbeddingStore.open(tmp_path / "emb")
+    tracemalloc.start()
+    try:
+        build(store, "image", Kind("SQ8", 50), tmp_path / "scratch")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 2 * 2000 * 256 < peak < 12e6
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_a_served_index_stays_on_disk_until_it_is_asked(tmp_path):
+    """Resident memory grows by less than half of the file when an index is opened and asked once."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((40_000, 256), dtype=np.float32)
+    index = faiss.index_factory(256, "IVF100,SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index.train(rows[:5000])
+    index.add(rows)
+    faiss.write_index(index, str(tmp_path / "image.index"))
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    served = load_index(tmp_path)
+    served.search(rows[:1], 10)
+    assert resident() - before < 0.5 * (tmp_path / "image.index").stat().st_size
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_index_built_by_ray_answers_as_one_built_here(embeddings, tmp_path):
+    ray = pytest.importorskip("ray")
+    store, kind = EmbeddingStore.open(embeddings), Kind("SQ8", 30)
+    here = build(store, "image", kind, tmp_path / "here")
+    try:
+        there = build(store, "image", kind, tmp_path / "there", workers=2, engine="ray")
+    finally:
+        ray.shutdown()
+    np.testing.assert_array_equal(answers(there)[1], answers(here)[1])
+
+
+def test_ray_that_is_not_installed_is_one_line(embeddings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="needs Ray: pip install 'unclip.ray.'"):
+        build(EmbeddingStore.open(embeddings), "image", Kind("SQ8", 30), tmp_path, workers=2, engine="ray")
+
+
+BOTH = [Kind("SQ8", 60), Kind("PQ8x4", 60, "SQ8")]  # which one is the faster is not the same each time
+
+
+def kind_of(path):
+    return BOTH[hasattr(faiss.read_index(str(path)), "base_index")]
+
+
+def index_in_a_child(embeddings, out):
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    module.PART, tune.QUERIES, tune.SECONDS = 800, 60, 0.001
+    index.tiers = lambda *_, **__: [BOTH]
+    build_index(embeddings, out, recall=0.5)
+
+
+def test_an_index_killed_at_random_moments_is_finished_by_running_it_again(tmp_path):
+    """kill -9 at UNCLIP_KILLS random moments (3); then the index answers as one built unbroken."""
+    tiny.store(tmp_path / "emb", tiny.unit_rows(2400, DIM), parts=2)
+    store = EmbeddingStore.open(tmp_path / "emb")
+    kills, out = int(os.environ.get("UNCLIP_KILLS", "3")), tmp_path / "out"
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "big"))
+
+    def child():
+        process = crew._processes.Process(target=index_in_a_child, args=(tmp_path / "emb", out))
+        process.start()
+        return process
+
+    crew._processes.Process(target=int).start()  # the server that forks them takes its time to start
+    child().join()
+    os.rename(out, tmp_path / "first")
+    began = time.monotonic()
+    child().join()
+    usual = time.monotonic() - began
+    done = [tmp_path / "whole"]
+    os.rename(out, done[0])
+    killed = 0
+    for _ in range(4 * kills):
+        process = child()
+        process.join(rng.uniform(0, 0.8 * usual))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+        assert out.exists() == (out / "manifest.json").exists()
+        if out.exists():  # it was done before the kill: the next one starts anew
+            done.append(tmp_path / f"done{len(done)}")
+            os.rename(out, done[-1])
+        if killed == kills:
+            break
+    child().join()
+    assert killed
+    for folder in [out, *done]:
+        assert read_manifest(folder, "index").result["rows"] == 2400
+        for modality in ("image", "text"):
+            assert read_manifest(folder).result[modality]["recall"] >= 0.5
+            path = folder / f"{modality}.index"
+            same = build(store, modality, kind_of(path), tmp_path / modality)
+            for mine, true in zip(answers(path), answers(same), strict=True):
+                np.testing.assert_array_equal(mine, true)
