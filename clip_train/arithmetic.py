@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,32 @@ class Term:
 
     weight: float
     text: str
+    quoted: bool = field(default=False, compare=False)  # stood in double quotes
 
 
 def parse(expression: str) -> list[Term]:
     """'person with hat - person + 0.5*fox' -> its terms.
 
-    Signs stand between spaces, so that "t-shirt" is one word; the first term may have one too. A term in double quotes
+    Signs (+ - or the minus sign U+2212) stand between spaces, so that "t-shirt" is one word; the first term may have
+    one too. A term in double quotes
     is taken as it is, signs included. UserError: an empty term, or a weight of 0.
     """
     terms = []
     # what stands in quotes is hidden while the signs are looked for
     hidden = re.sub(r'"[^"]*"', lambda match: "\x00" * len(match[0]), expression)
-    found = re.finditer(r"^\s*([+-])\s*|\s+([+-])\s+", hidden)
+    found = re.finditer(r"^\s*([+\-\u2212])\s*|\s+([+\-\u2212])\s+", hidden)
     signs = [(match.start(), match.end(), match[1] or match[2]) for match in found]
     if not signs or signs[0][0] > 0:
         signs = [(0, 0, "+"), *signs]
     for (_, start, sign), (end, _, _) in zip(signs, [*signs[1:], (len(expression), 0, "")], strict=True):
         match = TERM.fullmatch(expression[start:end])
         text = (match["quoted"] if match["quoted"] is not None else match["plain"]).strip() if match else ""
-        if not text or (match["plain"] and re.fullmatch(r"[+-](\s.*)?|.*\*", text)):
+        if not text or (match["plain"] and re.fullmatch(r"[+\-\u2212](\s.*)?|.*\*", text)):
             raise UserError(f"{expression!r} has an empty term; write it like 'person with hat - person + 0.5*fox'")
         weight = float(match["weight"] or 1)
         if weight == 0:
             raise UserError(f"{expression!r}: the weight of {text!r} is 0; leave the term out")
-        terms.append(Term(weight if sign == "+" else -weight, text))
+        terms.append(Term(weight if sign == "+" else -weight, text, match["quoted"] is not None))
     return terms
 
 

@@ -18,6 +18,7 @@ from clip_train.console import (
     out_option,
     print_table,
     say,
+    shards_option,
     training_options,
     training_settings,
     write_figures,
@@ -112,7 +113,7 @@ def data_check(shards: str, out: Path | None, sheet: Path | None, **options: Any
 
 
 @click.command("bench", context_settings=CONTEXT)
-@click.option("--shards", required=True, help="As for unclip train clip; URLs and pipe: commands too.")
+@shards_option("As for unclip train clip; URLs and pipe: commands too.")
 @click.option("--clip", type=click.Path(path_type=Path), help="Folder of the model to time, in place of a preset.")
 @click.option("--preset", default="tiny", show_default=True, help="tiny, small, vit-b-32 or vit-b-16.")
 @click.option("--batch-size", type=click.IntRange(2), help="Samples per step of one device; the preset's by default.")
@@ -239,7 +240,7 @@ def train_clip(
 @click.command("wise-ft", context_settings=CONTEXT)
 @click.argument("base")
 @click.argument("tuned")
-@click.option("--shards", required=True, help="Shards of the new data, kept from the fine-tuning.")
+@shards_option("Shards of the new data, kept from the fine-tuning.")
 @click.option("--keep-shards", help="Shards whose scores are not to be lost.")
 @click.option(
     "--keep-loss", default=0.01, show_default=True, type=float, help="The most of the base's kept score to lose."
@@ -294,7 +295,7 @@ def wise_ft(
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--shards", required=True, help="Folder of tars, a tar, a glob or a {000..010} range; join with '::'.")
+@shards_option("Folder of tars, a tar, a glob or a {000..010} range.")
 @click.option("--clip", required=True, help="CLIP folder, or open_clip's MODEL:TAG, as ViT-B-32:laion2b_s34b_b79k.")
 @out_option("emb")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
@@ -321,7 +322,8 @@ def embed(shards: str, clip: str, out: Path, engine: str, device: str, **options
     from clip_train.engines import Share
     from clip_train.memory import keep_freed_memory
 
-    share, bars = Share.of(os.environ), Bars("embed")
+    share = Share.of(os.environ if engine in ("auto", "ranks") else {})
+    bars = Bars("embed")
     engine = engine if engine != "auto" else "ranks" if share.ranks > 1 else "local"
     told = []
 
@@ -331,6 +333,8 @@ def embed(shards: str, clip: str, out: Path, engine: str, device: str, **options
         bars(done, total, **numbers)
 
     keep_freed_memory()
+    if options["workers"] > 1:
+        say(f"starting {options['workers']} processes, each of which loads the CLIP")
     made = embed(shards, clip, out, engine=engine, device=device, on_progress=on_progress, **options)
     if made is None:
         say(f"rank {share.rank} of {share.ranks}: its shards are embedded; the last rank to finish completes {out}/")
@@ -340,10 +344,11 @@ def embed(shards: str, clip: str, out: Path, engine: str, device: str, **options
     if made["bad"] or made["skipped"]:
         say(f"their keys, and why: {out / 'bad.csv'}")
     say(f"next: unclip index --embeddings {out} --out index   and   unclip train prior --embeddings {out} --out prior")
+    say(f"or, into an index that is there: unclip index add --index index --embeddings {out}")
 
 
 @click.command("clip", context_settings=CONTEXT)
-@click.option("--shards", help="Shards kept from training.")
+@shards_option("Shards kept from training.", required=False)
 @click.option("--clip", required=True, type=click.Path(path_type=Path), help="CLIP folder.")
 @click.option("--label-field", default="label", show_default=True, help="Json field of the labels; cls: KEY.cls.")
 @click.option(

@@ -74,6 +74,15 @@ def out_option(default: str) -> Callable:
     return click.option("--out", default=default, show_default=True, type=click.Path(path_type=Path), help=text)
 
 
+def shards_option(text: str, required: bool = True) -> Callable:
+    """--shards: several are one set, as if they were joined by '::'."""
+
+    def joined(context: click.Context, option: click.Parameter, specs: tuple[str, ...]) -> str | None:
+        return "::".join(specs) or None
+
+    return click.option("--shards", multiple=True, required=required, help=f"{text} Repeatable.", callback=joined)
+
+
 def training_options(command: Callable) -> Callable:
     """What the three trainers share."""
     for option in (

@@ -120,12 +120,15 @@ def make_in_processes(shards: Sequence[Shard], recipe: Recipe, workers: int, loc
                     raise UserError(news[0])
                 elif kind == "broke":
                     raise RuntimeError(f"in a worker process:\n{news[0]}")
-                elif left:
-                    busy[connection] = left.pop()
-                    connection.send(busy[connection])
                 else:
-                    connection.send(None)
-                    crew.pop(connection).join()
+                    busy[connection] = left.pop() if left else None
+                    try:
+                        connection.send(busy[connection])
+                    except OSError:  # killed since it asked
+                        crew[connection].join()
+                        raise UserError(_how_it_ended(crew[connection].exitcode, busy[connection])) from None
+                    if busy[connection] is None:
+                        crew.pop(connection).join()
     finally:
         for mate in crew.values():
             mate.terminate()

@@ -44,6 +44,10 @@ class FetchError(ValueError):
     """This address gives no picture; the message says why in a few words."""
 
 
+class HostError(FetchError):
+    """Its host is unknown or not a public one; the message says which, and so what names there are inside."""
+
+
 class _Again(FetchError):
     """It may work in a moment: in `wait` seconds, if the server said so."""
 
@@ -204,14 +208,14 @@ def resolve(host: str, port: int, allow_private: bool = False) -> list[tuple[int
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        kind = _Again if error.errno == socket.EAI_AGAIN else FetchError
+        kind = _Again if error.errno == socket.EAI_AGAIN else HostError
         raise kind("its host is not known") from error
     except (UnicodeError, ValueError) as error:
         raise FetchError("not an address") from error
     addresses = [(family, address) for family, _, _, _, address in found]
     private = [address[0] for _, address in addresses if not is_public(address[0])]
     if private and not allow_private:
-        raise FetchError(f"{host} is not public ({private[0]})")
+        raise HostError(f"{host} is not public ({private[0]})")
     return addresses
 
 

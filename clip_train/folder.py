@@ -182,7 +182,7 @@ class Workspace:
             if (out / MANIFEST).exists():
                 done = read_manifest(out)
                 if done.fingerprint != replaces:
-                    _refuse_other(f"{out}/", plan, dataclasses.asdict(done), "choose another --out or remove it")
+                    _refuse_other(f"{out}/", plan, dataclasses.asdict(done), "choose another --out or remove it", base)
                     return cls(out, out, plan, done, None)
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,8 @@ class Workspace:
             except json.JSONDecodeError as error:
                 raise UserError(f"{started} is damaged; remove {self.path}/ to start again") from error
             if any(path.name not in (*LOCKS, "plan.json") for path in self.path.iterdir()):
-                _refuse_other(f"{self.path}/ (an unfinished run)", plan, before, f"remove {self.path}/ to start again")
+                here = Path(os.path.relpath(self.path))
+                _refuse_other(f"{here}/ (an unfinished run)", plan, before, f"remove {here}/ to start again", self.path)
                 return
         write_file(started, json.dumps(plan, indent=1).encode())
 
@@ -357,23 +358,34 @@ def _one_at_a_time(partial: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _refuse_other(what: str, asked: dict[str, Any], found: dict[str, Any], way_out: str) -> None:
-    """UserError naming the first setting or input in which `found` differs from what is asked for now."""
+def _refuse_other(what: str, asked: dict[str, Any], found: dict[str, Any], way_out: str, base: Path) -> None:
+    """UserError naming the first setting or input in which `found` differs from what is asked for now.
+
+    base: the folder that the paths in both are relative to.
+    """
     if asked["kind"] != found.get("kind"):
         raise UserError(f"{what} holds a {found.get('kind')}, not a {asked['kind']}; {way_out}")
-    for name in asked["inputs"].keys() | found.get("inputs", {}).keys():
+    for name in asked["inputs"] | found.get("inputs", {}):
         now, before = asked["inputs"].get(name, {}), found.get("inputs", {}).get(name, {})
         if now.get("fingerprint") != before.get("fingerprint"):
-            raise UserError(
-                f"{what} was made from other {name} ({before.get('path')}) "
-                f"than asked for now ({now.get('path')}); {way_out}"
-            )
+            one, other = (_from_here(input.get("path"), base) for input in (now, before))
+            if one == other:
+                raise UserError(
+                    f"{what} was made from other {name}, though from the same place ({one}): "
+                    f"what is there changed since, or other parts of it are asked for now; {way_out}"
+                )
+            raise UserError(f"{what} was made from other {name} ({other}) than asked for now ({one}); {way_out}")
     mine, theirs = _flat(asked["config"]), _flat(found.get("config", {}))
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise UserError(
                 f"{what} was made with {name} = {theirs.get(name)}, but {mine.get(name)} is asked for now; {way_out}"
             )
+
+
+def _from_here(recorded: str | None, base: Path) -> str | None:
+    """A path relative to `base` as one would write it here; names and addresses are what they are."""
+    return recorded if recorded is None or ":" in recorded else os.path.relpath(os.path.join(base, recorded))
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,15 @@ def decode_picture(data: bytes, max_pixels: float = MAX_PIXELS, least: int = 0) 
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def pixel_count(data: bytes) -> int:
+    """How many pixels the picture in a file's bytes has, by its header; 0 if decode_picture cannot read it."""
+    try:
+        with _quiet, Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.width * picture.height
+    except Exception:  # as above
+        return 0
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(picture) if "exif" in picture.info else picture

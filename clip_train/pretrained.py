@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.folder import fingerprint_files
+from clip_train.folder import fingerprint_files, fingerprint_json
 from clip_train.settings import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def fetch(name: str, tag: str, for_training: bool) -> "Clip":
         open_clip.load_checkpoint(clip.model, str(file))
     except Exception as error:  # damaged, or not what the config says
         raise UserError(f"{file} does not hold {name}:{tag} ({' '.join(str(error).split())[:200]})") from error
-    clip.fingerprint = fingerprint_files([file], file.parent)
+    clip.fingerprint = fingerprint_json([fingerprint_files([file], file.parent), model_cfg, preprocess_cfg])
     return clip
 
 

@@ -136,7 +136,10 @@ class ShardSet:
         self._places = _Places(self.keys)
         if twice := self._places.twice(self.keys):
             key, (first, second) = twice[0], [self.paths[self._shard[i]] for i in twice[1:]]
-            raise UserError(f"the key {key} is in {first} and again in {second}; keys must differ: leave one tar out")
+            raise UserError(
+                f"the key {key} is in {first} and again in {second}; keys must differ: leave one tar out, or pack its "
+                f"pictures again under other keys: unclip shard SOURCE --prefix NAME-"
+            )
 
     def __len__(self) -> int:
         return len(self.keys)

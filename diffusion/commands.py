@@ -14,6 +14,7 @@ from clip_train.console import (
     device_option,
     out_option,
     say,
+    shards_option,
     training_options,
     training_settings,
     write_figures,
@@ -44,7 +45,7 @@ def train_prior(embeddings: Path, out: Path, preset: str, device: str, **options
 
 
 @click.command("decoder", context_settings=CONTEXT)
-@click.option("--shards", required=True, help="Folder of tars, a tar, a glob or a {000..010} range; join with '::'.")
+@shards_option("Folder of tars, a tar, a glob or a {000..010} range.")
 @click.option("--clip", required=True, type=click.Path(path_type=Path), help="CLIP folder that makes the embeddings.")
 @out_option("decoder")
 @click.option("--preset", default="tiny", show_default=True, help="tiny (32 px, CPU) or small (64 px, one GPU).")

@@ -13,7 +13,6 @@ from torch import Tensor
 from clip_train import metrics
 from clip_train.folder import Manifest, read_manifest
 from clip_train.model import Clip
-from clip_train.pictures import to_pixels
 from clip_train.settings import Progress, UserError
 from clip_train.sheet import contact_sheet
 from clip_train.store import EmbeddingStore
@@ -147,7 +146,7 @@ def chance(picked: np.ndarray, count: int, labels: Sequence | None = None) -> di
 def embed_pictures(clip: Clip, pictures: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
     """PIL pictures -> CLIP image embeddings (N, D), through the same transform as pictures from shards."""
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    rows = [clip.encode_image(torch.stack([to_pixels(one, clip.image_size) for one in some])) for some in batches]
+    rows = [clip.encode_image(torch.stack([clip.to_pixels(one) for one in some])) for some in batches]
     return torch.cat(rows).numpy() if rows else np.zeros((0, clip.embed_dim), np.float32)
 
 

@@ -1,7 +1,8 @@
 """What one does with points of the CLIP space: variations, interpolation, text diffs, and a strip of the steps.
 
 unCLIP (Ramesh et al. 2022, arXiv 2204.06125), section 3: an embedding says what a picture is about, the decoder's noise
-(the seed) all the rest. Each function returns pictures whose records make them again.
+(the seed) all the rest. Each function returns pictures whose records make them again, and tells `on_step` of every step
+as Generator.from_captions does; what that raises ends the drawing.
 """
 
 from collections.abc import Sequence
@@ -14,27 +15,42 @@ from PIL import Image
 
 from clip_train.settings import UserError
 from diffusion.generate import Generated, Generator, Sampling, to_pixels
+from diffusion.samplers import OnStep
 
 
 def vary(
-    generator: Generator, row: np.ndarray, count: int = 4, seed: int = 0, how: Sampling | None = None
+    generator: Generator,
+    row: np.ndarray,
+    count: int = 4,
+    seed: int = 0,
+    how: Sampling | None = None,
+    *,
+    on_step: OnStep = None,
 ) -> list[Generated]:
     """Other pictures of one embedding (section 3.1): the same point (D,), with seeds seed, seed + 1, ..."""
     rows = np.repeat(np.asarray(row, dtype=np.float32)[None], count, axis=0)
-    made = generator.from_embeddings(rows, range(seed, seed + count), how)
+    made = generator.from_embeddings(rows, range(seed, seed + count), how, on_step=on_step)
     return [_told(one, {"name": "vary"}) for one in made]
 
 
 def interpolate(
-    generator: Generator, rows: np.ndarray, count: int = 5, seed: int = 0, how: Sampling | None = None
+    generator: Generator,
+    rows: np.ndarray,
+    count: int = 5,
+    seed: int = 0,
+    how: Sampling | None = None,
+    *,
+    on_step: OnStep = None,
 ) -> list[Generated]:
     """`count` pictures on the way from rows[0] to rows[1], both ends included (section 3.2); rows (2, D).
 
-    All have one seed, so that what changes from one to the next is what the embedding says.
+    All have one seed, so that what changes from one to the next is what the embedding says. UserError: a count below 2.
     """
+    if count < 2:
+        raise UserError(f"{count} pictures do not reach from one end to the other; make 2 or more")
     shares = np.linspace(0, 1, count)
     points = np.stack([slerp(rows[0], rows[1], share) for share in shares])
-    made = generator.from_embeddings(points, [seed] * count, how)
+    made = generator.from_embeddings(points, [seed] * count, how, on_step=on_step)
     return [_told(one, {"name": "interpolate", "share": float(s)}) for one, s in zip(made, shares, strict=True)]
 
 
@@ -47,6 +63,7 @@ def edit(
     *,
     source: str | None = None,
     strength: float = 0.35,
+    on_step: OnStep = None,
 ) -> list[Generated]:
     """The picture of embedding `row` (D,) changed towards `text` (text diffs, section 3.3): a list of one.
 
@@ -63,11 +80,17 @@ def edit(
         raise UserError(f"the texts {source or ''!r} and {text!r} mean the same to this CLIP: nothing to change")
     point = slerp(np.asarray(row, dtype=np.float32), difference, strength)
     how_told = {"name": "edit", "text": text, "source": source or "", "strength": strength}
-    return [_told(one, how_told) for one in generator.from_embeddings(point[None], [seed], how)]
+    return [_told(one, how_told) for one in generator.from_embeddings(point[None], [seed], how, on_step=on_step)]
 
 
 def strip(
-    generator: Generator, of: "np.ndarray | str", seed: int = 0, how: Sampling | None = None, frames: int = 8
+    generator: Generator,
+    of: "np.ndarray | str",
+    seed: int = 0,
+    how: Sampling | None = None,
+    frames: int = 8,
+    *,
+    on_step: OnStep = None,
 ) -> list[Image.Image]:
     """What the decoder believes the picture to be after each of `frames` steps, spread over its walk; ends in it.
 
@@ -77,6 +100,8 @@ def strip(
 
     def keep(step: int, denoised: torch.Tensor) -> None:
         guesses.append(denoised[:1].cpu())
+        if on_step is not None:
+            on_step(step, denoised)
 
     if isinstance(of, str):
         (made,) = generator.from_captions([of], [seed], how, on_step=keep)

@@ -49,11 +49,13 @@ class Album:
 
     def file(self, row: int) -> bytes | None:
         """The picture file of a row as it is in its tar; None if the tars are gone or no longer have it."""
-        shards, at = self._place(row)
-        try:
-            return None if at is None else shards.picture(at)
-        except UserError:  # the tar went away, or is another one now
-            return None
+        for _ in range(2):
+            shards, at = self._place(row)
+            try:
+                return None if at is None else shards.picture(at)
+            except UserError:  # a tar went away, or was written anew: what there is now is opened
+                self._forget(shards)
+        return None
 
     def tar(self, row: int) -> str | None:
         """The name of the tar that holds a row's sample; None if the tars are gone."""
@@ -78,11 +80,14 @@ class Album:
     def _shards(self, source: Manifest) -> "ShardSet | None":
         root = source.input_path("shards")
         spec = "::".join(str(root / name) for name in source.result.get("shards", [])) if root else ""
-        if spec not in self._sets:
-            with self._lock:
-                if spec not in self._sets:
-                    self._sets[spec] = _opened(spec)
-        return self._sets[spec]
+        with self._lock:
+            if spec not in self._sets:
+                self._sets[spec] = _opened(spec)
+            return self._sets[spec]
+
+    def _forget(self, shards: "ShardSet") -> None:
+        with self._lock:
+            self._sets = {spec: opened for spec, opened in self._sets.items() if opened is not shards}
 
 
 def media_type(file: bytes) -> str:

@@ -3,9 +3,10 @@
 import csv
 import io
 import json
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +20,33 @@ if TYPE_CHECKING:
 
 
 def to_json(asked: Sequence[Question], hits: "Sequence[Sequence[Hit]]") -> str:
-    """[{"query", "terms" of a sum, "hits": [...]}, ...]"""
+    """[{"query", "terms" of a sum, "hits": [...]}, ...]; what is no number (NaN, infinite) is null: json has none."""
     found = []
     for (name, terms), some in zip(asked, hits, strict=True):
         said = [{"kind": t.kind, "value": t.shown, "weight": t.weight} for t in terms] if is_sum(terms) else None
         found.append({"query": name} | ({"terms": said} if said else {}) | {"hits": [vars(hit) for hit in some]})
-    return json.dumps(found, indent=1, ensure_ascii=False, default=str)
+    return json.dumps(_finite(found), indent=1, ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_csv(asked: Sequence[Question], hits: "Sequence[Sequence[Hit]]") -> str:
-    """A line a hit: query, rank, score, probability, row, key, caption, then the metadata; lists as json."""
+    """A line a hit: query, rank, score, probability, row, key, caption, then the metadata; lists as json.
+
+    A column of the metadata that is named like one of these is written as meta.rank and so on.
+    """
     own = ("rank", "score", "probability", "row", "key", "caption")
-    columns = dict.fromkeys(name for some in hits for hit in some for name in hit.meta if name not in own)
+    columns = dict.fromkeys(name for some in hits for hit in some for name in hit.meta)
+    heads = [f"meta.{name}" if name in ("query", *own) else name for name in columns]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["query", *own, *columns])
+    writer.writerow(["query", *own, *heads])
     for (name, _), some in zip(asked, hits, strict=True):
         for hit in some:
             writer.writerow([name, *(getattr(hit, n) for n in own), *(_cell(hit.meta.get(n)) for n in columns)])
@@ -41,7 +54,7 @@ def to_csv(asked: Sequence[Question], hits: "Sequence[Sequence[Hit]]") -> str:
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
+    return json.dumps(_finite(value), ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
 
 
 def tables(hits: "Sequence[Sequence[Hit]]") -> list[tuple[tuple[str, ...], list[tuple]]]:
@@ -91,7 +104,12 @@ def write(path: Path, asked: Sequence[Question], hits: "Sequence[Sequence[Hit]]"
     """Keep the answers in a file: .csv, or .json."""
     from clip_train.folder import write_file
 
+    write_file(path, writer_of(path)(asked, hits).encode())
+
+
+def writer_of(path: Path) -> "Callable[[Sequence[Question], Sequence[Sequence[Hit]]], str]":
+    """to_json or to_csv, as the name says; UserError if it says neither: asked before a long search, too."""
     write_as = {".json": to_json, ".csv": to_csv}.get(path.suffix.lower())
     if write_as is None:
         raise UserError(f"--out {path}: the name must end in .json or .csv")
-    write_file(path, write_as(asked, hits).encode())
+    return write_as

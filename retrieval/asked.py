@@ -16,7 +16,12 @@ import numpy as np
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-LONG_BODY = 65_536  # bytes; a longer one is parsed in a thread, so that nobody else waits for it
+LONG_BODY = 65_536  # bytes; a longer one is parsed in a thread
+MOST_BYTES = 256_000  # of a body that holds no picture
+# json.loads lets no other thread run, so what it may take is bounded: 15 MB of one text take 0.03 s, 200,000 lists or
+# numbers 0.05 s (15 MB of empty lists would take 5 s)
+MOST_VALUES = 200_000
+MOST_DIGITS = 100  # of a whole number
 TYPES = {
     str: "a text",
     int: "a whole number",
@@ -38,6 +43,7 @@ class Refused(Exception):
     def body(self) -> dict[str, Any]:
         """As OpenAI's API and our page have it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "requests" if self.status == 429 else kind  # OpenAI's word for too many
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
@@ -48,9 +54,14 @@ class Asked:
         self.fields = fields
 
     @classmethod
-    async def read(cls, request: "Request", in_thread: Callable) -> "Asked":
-        """The request's JSON object. in_thread(function): awaits it in a worker thread."""
+    async def read(cls, request: "Request", in_thread: Callable, *, pictures: bool = False) -> "Asked":
+        """The request's JSON object. in_thread(function): awaits it in a worker thread.
+
+        pictures: whether there may be some in it; a body without them is refused (413) above MOST_BYTES.
+        """
         data = await request.body()
+        if len(data) > MOST_BYTES and not pictures:
+            raise Refused(413, f"the body has {len(data)} bytes; {MOST_BYTES} are the most here")
         value = await in_thread(partial(_json, data)) if len(data) > LONG_BODY else _json(data)
         if not isinstance(value, dict):
             raise Refused(400, f"the body must be a JSON object, not {_called(value)}")
@@ -87,12 +98,12 @@ class Asked:
         value = self.fields.get(name)
         if isinstance(value, str):
             try:
-                self.fields = {**self.fields, name: kind(value)}
+                self.fields = {**self.fields, name: kind(value[: MOST_DIGITS + 1])}
             except ValueError as error:
                 raise Refused(400, f"{name} must be {TYPES[kind]}, not {value[:40]!r}") from error
         value = self.get(name, kind, default)
         if not low <= value <= high:  # NaN too
-            raise Refused(400, f"{name} {value} must be between {low} and {high}")
+            raise Refused(400, f"{name} {str(value)[:40]} must be between {low} and {high}")
         return value
 
     def choice(self, name: str, default: str, *others: str) -> str:
@@ -164,11 +175,19 @@ def to_json(value: Any) -> bytes:
 
 
 def _json(data: bytes) -> Any:
+    if len(data) > MOST_VALUES and sum(map(data.count, (b"[", b"{", b","))) > MOST_VALUES:
+        raise Refused(413, f"the body holds more than {MOST_VALUES} values")
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return json.loads(data, parse_constant=_no_constant, parse_int=_whole)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         reason = " ".join(str(error).split()) if isinstance(error, ValueError) else "nested too deeply"
         raise Refused(400, f"the body is not JSON: {reason}") from error
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_constant(name: str) -> None:

@@ -34,6 +34,7 @@ class Batcher:
         self.run, self.threads, self.size, self.seconds = run, threads, size, seconds
         self.weigh, self.on_batch = weigh, on_batch
         self.waiting: deque[_Waiting] = deque()
+        self.begun: list[_Waiting] = []  # what the thread works on now, even for those who have gone away
         self._working: asyncio.Task | None = None
 
     def __len__(self) -> int:
@@ -46,12 +47,17 @@ class Batcher:
         self.waiting.append(mine)
         if self._working is None:
             self._working = asyncio.create_task(self._work())
-        return await mine.answer
+        try:
+            return await mine.answer
+        finally:
+            if mine.answer.cancelled() and mine in self.waiting:  # nobody waits for it any more
+                self.waiting.remove(mine)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while batch := self._next_batch():
+                self.begun = batch
                 items = [one.item for one in batch]
                 self.on_batch(sum(map(self.weigh, items)))
                 answers = await loop.run_in_executor(self.threads, _tried, self.run, items)
@@ -63,7 +69,7 @@ class Batcher:
                     else:
                         one.answer.set_result(answer)
         finally:
-            self._working = None
+            self.begun, self._working = [], None
 
     def _next_batch(self) -> list["_Waiting"]:
         batch, room = [], self.size

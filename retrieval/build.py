@@ -6,10 +6,10 @@ Kinds with lists share the first two. A part is a range of rows added to a copy 
 made by other processes, or by Ray on other machines that see the same folders, and do not depend on who made them.
 """
 
-import contextlib
 import io
 import itertools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +69,7 @@ def build(
         return path
     scratch.mkdir(parents=True, exist_ok=True)
     if kind.lists:
+        _coarse(scratch)
         _centres(store, modality, kind, scratch)
     _trained(store, modality, kind, scratch)
 
@@ -163,16 +164,29 @@ def spread(work: Callable[[Part], Part], parts: Sequence[Part], workers: int, en
 
 
 def _by_ray(work: Callable[[Part], Part], parts: Sequence[Part]) -> Iterator[Part]:
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install 'unclip[ray]'") from error
+    ray = ray_or_refuse()
     if not ray.is_initialized():
         ray.init(log_to_driver=False)  # joins the cluster that RAY_ADDRESS or `ray start` names, else starts one here
     waiting = [ray.remote(work).options(num_cpus=1).remote(part) for part in parts]
     while waiting:
         ready, waiting = ray.wait(waiting)
-        yield from ray.get(ready)
+        try:
+            made = ray.get(ready)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)  # Ray's own error holds the whole traceback
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+            raise
+        yield from made
+
+
+def ray_or_refuse() -> Any:
+    """The module; UserError if it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--engine ray needs Ray: pip install 'unclip[ray]'") from error
+    return ray
 
 
 def _become_worker(threads: int) -> None:
@@ -201,7 +215,7 @@ def _centres(store: Rows, modality: str, kind: Kind, scratch: Path) -> np.ndarra
     path = scratch / f"centres{kind.lists}.npy"
     if not path.exists():
         wanted = _sample(store, modality, min(SAMPLE, ROWS_PER_LIST * kind.lists))
-        sample = torch.empty((len(wanted), store.dim), dtype=_coarse())
+        sample = torch.empty((len(wanted), store.dim), dtype=_coarse(scratch))
         for low in range(0, len(wanted), BLOCK):
             some = rows_of(store, modality, wanted[low : low + BLOCK])
             sample[low : low + len(some)] = torch.from_numpy(some)
@@ -212,13 +226,13 @@ def _centres(store: Rows, modality: str, kind: Kind, scratch: Path) -> np.ndarra
 def k_means(sample: torch.Tensor, count: int, rounds: int = ROUNDS) -> torch.Tensor:
     """(count, D) float32 unit rows: centres of the (S, D) unit rows, each the direction of the sum of its rows.
 
-    Spherical k-means: rows belong to the centre of largest inner product. In bfloat16 where that is faster: which of
-    two centres that are nearly alike gets a row does not matter. A centre without rows moves beside the fullest one.
+    Spherical k-means: rows belong to the centre of largest inner product, in the precision of the sample: which of two
+    centres that are nearly alike gets a row does not matter. A centre without rows moves beside the fullest one.
     """
     order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))[:count]
     centres = sample[order].float()
     for _ in range(rounds):
-        owner = nearest(sample, centres)
+        owner = nearest(sample, centres.to(sample.dtype))
         counts = owner.bincount(minlength=count)
         sums = torch.zeros_like(centres)
         for some, own in zip(sample.split(BLOCK), owner.split(BLOCK), strict=True):
@@ -233,12 +247,10 @@ def k_means(sample: torch.Tensor, count: int, rounds: int = ROUNDS) -> torch.Ten
 
 
 def nearest(rows: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """(N,) int64: for each of the (N, D) rows, the centre of (about) the largest inner product."""
-    kind = _coarse()
-    table = centres.to(kind).T
+    """(N,) int64: for each of the (N, D) rows, the centre of the largest inner product, in the centres' precision."""
     if not len(rows):
         return torch.empty(0, dtype=torch.int64)
-    return torch.cat([torch.mm(some.to(kind), table).max(dim=1).indices for some in rows.split(4096)])
+    return torch.cat([torch.mm(some.to(centres.dtype), centres.T).max(dim=1).indices for some in rows.split(4096)])
 
 
 def _owners(store: Rows, part: Part, rows: np.ndarray, start: int) -> np.ndarray:
@@ -246,7 +258,7 @@ def _owners(store: Rows, part: Part, rows: np.ndarray, start: int) -> np.ndarray
     lists = part.kind.lists
     path = part.scratch / f"owners{lists}.{start}-{start + len(rows)}.npy"
     if not path.exists():
-        centres = torch.from_numpy(np.load(part.scratch / f"centres{lists}.npy"))
+        centres = torch.from_numpy(np.load(part.scratch / f"centres{lists}.npy")).to(_coarse(part.scratch))
         _save_array(path, nearest(torch.from_numpy(rows), centres).numpy().astype(np.int32))
     return np.load(path).astype(np.int64)
 
@@ -269,7 +281,8 @@ def _trained(store: Rows, modality: str, kind: Kind, scratch: Path) -> None:
         short.cp.min_points_per_centroid = 1  # or faiss prints a warning for each sub-vector
         turn.pq = short
         # residuals are what the codes keep, so they are what the rotation is for
-        turn.train(rows if centres is None else rows - centres[nearest(*map(torch.from_numpy, (rows, centres)))])
+        coarse = None if centres is None else torch.from_numpy(centres).to(_coarse(scratch))
+        turn.train(rows if coarse is None else rows - centres[nearest(torch.from_numpy(rows), coarse)])
         # faiss has no file of a rotation alone, so it goes into an index that holds nothing
         write_index(faiss.IndexPreTransform(turn, faiss.IndexFlatIP(store.dim)), scratch / f"{_slug(kind)}.rotation")
         rows = turn.apply(rows)
@@ -348,8 +361,12 @@ def _rotation(kind: Kind, scratch: Path) -> tuple[faiss.Index, Any]:
     return owner, faiss.downcast_VectorTransform(owner.chain.at(0))
 
 
-def _coarse() -> torch.dtype:
-    return torch.bfloat16 if bfloat16_is_faster() else torch.float32
+def _coarse(scratch: Path) -> torch.dtype:
+    """In which rows are compared with centres: measured once, by the process that builds, and the same for all."""
+    path = scratch / "precision"
+    if not path.exists():
+        write_file(path, b"bfloat16" if bfloat16_is_faster() else b"float32")
+    return torch.bfloat16 if path.read_bytes() == b"bfloat16" else torch.float32
 
 
 def _slug(kind: Kind) -> str:
@@ -363,12 +380,12 @@ def write_index(index: faiss.Index, path: Path) -> None:
         faiss.write_index(index, str(temporary))
     except RuntimeError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
+        why = re.sub(r".*Error: '.*?' failed:?", "", " ".join(str(error).split()))  # not where in faiss
+        raise UserError(f"cannot write {path}: {why.strip()[:200]}") from error
     os.replace(temporary, path)
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
     file = io.BytesIO()
     np.save(file, array)
-    with contextlib.suppress(FileNotFoundError):  # another worker wrote the same
-        write_file(path, file.getvalue())
+    write_file(path, file.getvalue())

@@ -22,7 +22,7 @@ from clip_train.folder import Input, Manifest, Workspace, partial_of, read_manif
 from clip_train.settings import Progress, UserError
 from clip_train.store import EmbeddingStore
 from retrieval import swap
-from retrieval.index import MODALITIES, build_index, choose_and_build, parse_bytes
+from retrieval.index import MODALITIES, build_index, checked, choose_and_build
 from retrieval.live import DELETED, SEGMENTS, STATE, LiveIndex, State
 from retrieval.vectors import ROWS, sources_of
 
@@ -61,6 +61,8 @@ def add(
 ) -> Change:
     """Add the rows of an embeddings folder to an index folder, without building it again.
 
+    The segment is of the kind and for the recall that the base was asked for. The base's memory does not limit it: the
+    next compact keeps to that again.
     replace: a key that is there already moves: its old row is deleted. Embeddings that were added before are left
     alone, so that the same call may be made again; with replace, those of their rows that were deleted come back.
     UserError: embeddings of another CLIP, or a key that is there already.
@@ -80,7 +82,8 @@ def add(
         if len(taken) and not replace:
             raise UserError(
                 f"{len(taken)} keys of {store.folder}/ are in {index}/ already, such as "
-                f"{live.table.keys_of(taken[:1])[0]}; take the new rows in their place: --replace"
+                f"{live.table.keys_of(taken[:1])[0]}; if they are other pictures, pack them again under "
+                f"other keys: unclip shard SOURCE --prefix NAME-; if newer ones of the same: --replace"
             )
         said, gone = State.read(folder), ~live.live
         gone[taken] = True
@@ -95,6 +98,7 @@ def add(
             store.folder,
             folder / SEGMENTS / segment,
             recall=live.manifest.config["recall"],
+            kind=live.manifest.config.get("kind", "auto"),
             workers=workers,
             on_progress=on_progress,
         )
@@ -144,11 +148,12 @@ def compact(
     given. embeddings: where to look for embeddings that are no longer where they were.
     UserError: embeddings that are not found, or no row left. Nothing is done where nothing changed since.
     """
-    with _changing(index) as folder:
+    with _changing(index) as folder, contextlib.ExitStack() as undo:
         live = LiveIndex.open(folder)
         config = dict(live.manifest.config)
-        asked = {"recall": recall, "memory": memory and parse_bytes(memory), "kind": kind}
+        asked = {"recall": recall, "memory": memory, "kind": kind}
         config |= {name: value for name, value in asked.items() if value is not None}
+        config["memory"] = checked(config["recall"], config.get("memory"), config.get("kind", "auto"))
         if len(live.parts) == 1 and live.live.all() and config == live.manifest.config:
             return live.manifest
         if not len(live):
@@ -157,6 +162,7 @@ def compact(
         rows = np.flatnonzero(live.live)
         inputs, sources, source_row = _sources(live, rows)
         space = Workspace.open(swap.successor_of(folder), "index", config, inputs, live.manifest.command)
+        undo.callback(shutil.rmtree, space.path, ignore_errors=True)  # it has another name when it is whole
         result: dict[str, Any] = {"rows": len(rows), "dim": live.dim, "threads": 1}
         result["shards"] = sources[0]["shards"]
         if len(sources) > 1 or not np.array_equal(source_row, np.arange(sources[0]["rows"])):
@@ -200,11 +206,6 @@ class LiveRows:
         """(N, D) float32 embeddings of the first captions."""
         return self._live.vectors(self._rows if rows is None else self._rows[rows], "text")
 
-    def blocks(self, size: int = 65536, modality: str = "image") -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, (b, D) float32) with b <= size, through all of them."""
-        for low in range(0, len(self), size):
-            yield low, self._live.vectors(self._rows[low : low + size], modality)
-
 
 @contextlib.contextmanager
 def _changing(index: Path | str) -> Iterator[Path]:
@@ -219,7 +220,7 @@ def _changing(index: Path | str) -> Iterator[Path]:
                 path.unlink()
             yield folder
     except PermissionError as error:
-        raise UserError(f"cannot write {index}/: {error.strerror}") from error
+        raise UserError(f"{error.filename or index}: {error.strerror}") from error
 
 
 def _write(folder: Path, segments: list[dict[str, Any]], gone: np.ndarray) -> None:
@@ -292,7 +293,8 @@ def _find_embeddings(live: LiveIndex, index: Path | str, looked: Sequence[Path |
                 given = source.inputs["embeddings"]
                 raise UserError(
                     f"{index}/ was made from the embeddings {given['fingerprint'][:15]}, which are no longer at "
-                    f"{os.path.normpath(source.folder / given['path'])}; say where: --embeddings FOLDER"
+                    f"{os.path.normpath(source.folder / given['path'])}; say where: --embeddings "
+                    f"FOLDER; if they have grown or changed, build a new index: unclip index"
                 )
 
 

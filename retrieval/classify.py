@@ -6,6 +6,7 @@ key | label | score | probability | match | runner_up | margin | given
 import json
 import os
 import re
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -217,7 +218,7 @@ class ParquetFile:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self._path, self._about = path, about
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # of this run, not of another
         self._writer = None
 
     def __enter__(self) -> "ParquetFile":

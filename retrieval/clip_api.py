@@ -6,7 +6,8 @@
     GET  /config.json    what clip-front reads first
 
 Bodies are read as JSON whatever their content type: ClipClient sends none, clip-front text/plain. The first num_images
-rows of an answer carry metadata and the picture, the rest (up to num_result_ids) id and similarity alone.
+rows of an answer carry metadata and the picture, the rest (up to num_result_ids) id and similarity alone. Once the
+pictures of an answer are MOST_INLINE long, the rows that follow carry none.
 """
 
 import base64
@@ -20,14 +21,17 @@ from fastapi import APIRouter, Request, Response
 from retrieval.asked import Asked, Refused, picture_bytes, to_json, vector
 from retrieval.door import is_loopback
 from retrieval.index import MODALITIES
-from retrieval.served import Found, ServedIndex, without_copies
+from retrieval.served import Found, ServedIndex, inline, without_copies
 
 if TYPE_CHECKING:
     from retrieval.hall import Hall
+    from retrieval.search import View
 
 MOST_SHOWN = 1000  # rows with metadata in one answer
-# names that no public server has (RFC 2606, 6761, 6762, 8375)
-NOWHERE = ("test", "invalid", "example", "localhost", "local", "internal", "lan", "home.arpa", "example.com")
+MOST_INLINE = 32_000_000  # characters of pictures in one answer; json.dumps lets no other thread run: 0.2 s for so many
+# names that no public server has: reserved (RFC 2606, 6761, 6762, 8375; "internal": ICANN 2024), or usual at home (lan)
+NOWHERE = ("test", "invalid", "example", "example.com", "example.net", "example.org", "localhost", "local", "internal")
+NOWHERE += ("home.arpa", "lan")
 
 
 def router(hall: "Hall") -> APIRouter:
@@ -45,7 +49,7 @@ def router(hall: "Hall") -> APIRouter:
 
     @routes.post("/knn-service")
     async def knn(request: Request) -> Response:
-        asked = await Asked.read(request, hall.in_thread)
+        asked = await Asked.read(request, hall.in_thread, pictures=True)
         served = hall.index(asked.get("indice_name", str))
         modality = asked.choice("modality", *MODALITIES)
         shown = asked.number("num_images", 100, 0, hall.config.most)
@@ -99,30 +103,28 @@ async def _query(asked: Asked, served: ServedIndex, hall: "Hall") -> np.ndarray:
 def _rows(served: ServedIndex, found: Found, modality: str, shown: int, distinct: bool) -> bytes:
     if distinct:
         found = without_copies(found, modality)
-    rows = []
-    for place, (row, score) in enumerate(zip(found.rows.tolist(), found.scores.tolist(), strict=True)):
-        known = _metadata(served, found, row) if place < shown else {}
-        rows.append({**known, "id": row, "similarity": score})
-    return to_json(rows)
+    known = _metadata(served, found.view, found.rows[:shown].tolist())
+    known += [{}] * (len(found.rows) - len(known))
+    places = zip(known, found.rows.tolist(), found.scores.tolist(), strict=True)
+    return to_json([{**of_row, "id": row, "similarity": score} for of_row, row, score in places])
 
 
 def _described(served: ServedIndex, ids: list[int]) -> bytes:
-    live = served.searcher.index
-    return to_json([{"id": row, "metadata": _metadata(served, Found(live, *_NONE), row)} for row in ids])
+    known = _metadata(served, served.searcher.view, ids)
+    return to_json([{"id": row, "metadata": of_row} for row, of_row in zip(ids, known, strict=True)])
 
 
-_NONE = (np.empty(0, np.float32), np.empty(0, np.int64))
-
-
-def _metadata(served: ServedIndex, found: Found, row: int) -> dict[str, Any]:
-    """The row's columns and its picture as `image`. clip-front shows `url` rather than `image`, so a url that cannot be
-    reached from elsewhere is left out where there is a picture."""
-    known = served.row(found.live, row)
-    image = served.inline(row)
-    if image is not None:
-        known["image"] = image
-        if "url" in known and not leads_somewhere(known["url"]):
-            del known["url"]
+def _metadata(served: ServedIndex, view: "View", rows: list[int]) -> list[dict[str, Any]]:
+    """Each row's columns and its picture as `image`, as long as there is room for pictures. clip-front shows `url`
+    rather than `image`, so a url that cannot be reached from elsewhere is left out where there is a picture."""
+    known, room = [served.row(view.index, row) for row in rows], MOST_INLINE
+    for row, of_row in zip(rows, known, strict=True):
+        image = inline(view, row) if room > 0 else None
+        if image is not None:
+            room -= len(image)
+            of_row["image"] = image
+            if "url" in of_row and not leads_somewhere(of_row["url"]):
+                del of_row["url"]
     return known
 
 

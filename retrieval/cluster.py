@@ -50,7 +50,8 @@ def cluster(
 
     cosine: of the row and its cluster's centre. Cluster 0 is the largest. The manifest's result has count, rows,
     clusters (rows, words, cosine: the mean, key: of the row nearest the centre) and, if the count was chosen, agreement
-    (count -> adjusted Rand index of two halves). Vectors are read in blocks; 12 bytes a row stay in memory.
+    (count -> adjusted Rand index of two halves). Vectors are read in blocks; what stays in memory
+    is about 300 bytes a row, most of it the table before it is written.
     UserError: more clusters than rows.
     """
     config = config or ClusterConfig()

@@ -1,4 +1,4 @@
-"""The commands around the index: index, search.
+"""The commands around the index: index (add, delete, compact), search, classify, serve, dedup, cluster.
 
 Each parses, calls one function, and says what to do next. Heavy imports are inside, so that --help answers at once.
 """
@@ -112,7 +112,11 @@ def index_delete(keys: tuple[str, ...], folder: Path, lines: Path | None, where:
 )
 @click.option("--recall", type=click.FloatRange(0, 1), help="Recall@10 to reach; by default as before.")
 @click.option("--memory", help="The most the index may take, e.g. 500MB; by default as before.")
-@click.option("--kind", help="As for unclip index; by default as before.")
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "flat", "ivf", "pq", "rabitq", "opq", "hnsw"]),
+    help="As for unclip index; by default as before.",
+)
 def index_compact(folder: Path, **options: Any) -> None:
     """Make one plain index again of what was built, added and deleted, and measure its recall anew.
 
@@ -170,18 +174,20 @@ def search(
     from clip_train.store import read_vectors
     from clip_train.zeroshot import read_lines
     from retrieval import answers
-    from retrieval.query import describe, is_sum, parse_algebra, questions
+    from retrieval.query import Term, describe, parse_algebra, questions
     from retrieval.search import Searcher
 
     if as_json and as_csv:
         raise UserError("--json and --csv contradict each other; give one")
+    if out:
+        answers.writer_of(out)  # refused before the search
     texts = [*queries, *(read_lines(lines, "queries") if lines else [])]
     rows = [(f"{vector}[{i}]", row) for i, row in enumerate(read_vectors(vector))] if vector else []
     asked = questions(texts, vectors=rows, **options)
     if not asked:
         raise UserError('nothing to search for; give a caption, --image, --key or --vector: unclip search "a red fox"')
     for text in [] if options["literal"] else texts:
-        if is_sum(terms := parse_algebra(text)):
+        if (terms := parse_algebra(text)) != [Term("text", text)]:
             say(f"{text!r} is read as {describe(terms)}; --literal takes it as it stands")
     searcher = Searcher.open(folder, clip, pick_device(device))
     both = " and ".join(f"({one})" for one in where) if len(where) > 1 else "".join(where)
@@ -263,7 +269,7 @@ def classify(classes, index, embeddings, classnames, templates, out, device, **o
 @click.option(
     "--index", "indexes", multiple=True, metavar="[NAME=]FOLDER", help="An index to serve; repeatable. Default: index."
 )
-@click.option("--clip", type=click.Path(path_type=Path), help="CLIP folder; by default where the index says it was.")
+@click.option("--clip", help="CLIP folder (or name); by default where the index says it was.")
 @click.option("--decoder", type=click.Path(path_type=Path), help="Decoder folder, to draw pictures of embeddings.")
 @click.option("--prior", type=click.Path(path_type=Path), help="Prior folder, to draw pictures of prompts.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
@@ -291,7 +297,7 @@ def serve(indexes, clip, decoder, prior, host, port, token_file, origins, allow_
     config = server.ServeConfig(host=host, port=port, token=token, origins=origins, image_urls=allow_image_urls)
     (config,) = override([config], settings)
     if config.exposed:
-        say(f"anybody who can reach {host} may use this server: guard it with --token-file")
+        say(f"anybody who can reach {config.host} may use this server: guard it with --token-file")
     sock = server.listen(config)
     app = server.open_app(
         folders, clip=clip, decoder=decoder, prior=prior, device=str(pick_device(device)), config=config
@@ -345,7 +351,7 @@ def dedup(folder: Path, threshold, modality, prefer, out, drop, sheet, as_json) 
         f"{found.chains} groups are chains, of which more than one row stays"
     )
     if found.found is not None:
-        say(f"the index found {found.found:.1%} of the near pairs that a sample of rows is in")
+        say(f"{found.found:.1%} of the near pairs that a sample of rows is in are in one group")
     if drop:
         found.save_keys(drop)
         say(f"next: unclip index delete --index {folder} --keys {drop}")

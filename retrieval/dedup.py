@@ -28,6 +28,7 @@ NEIGHBOURS = (8, 32, 128, 512, 2048)  # so many are asked for, and more while th
 PAIRS = 16_384  # pairs of vectors that are compared together
 SLACK = 0.02  # the index's own scores may be off by this much
 SAMPLE = 256  # rows whose neighbours are also looked for exactly
+SAME = 1e-6  # rows whose cosine is as little from that of one with itself have the same neighbours
 BINS = np.round(np.arange(0.7, 1.0001, 0.01), 2)  # of the histogram
 ADVISED = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 SHOWN, IN_ROW = 40, 8  # groups, and pictures of each, on a contact sheet
@@ -46,9 +47,7 @@ class Duplicates:
     cosine: np.ndarray  # (M,) float32: to its keeper
     least: np.ndarray  # (groups,) float32: the least cosine of two members; far below the threshold: a chain
     nearest: np.ndarray  # (N,) float32: each live row's cosine to its nearest other row, as far as the index found it
-    found: (
-        float | None
-    )  # share of the near pairs of a sample that the index found; None: it is exact, or there are none
+    found: float | None  # share of a sample's near pairs that are in one group; None: the index is exact, or no pairs
 
     @property
     def groups(self) -> int:
@@ -153,7 +152,8 @@ def find_duplicates(
 
     modality: compare pictures ("image") or captions ("text"). prefer: the metadata column of numbers whose largest is
     kept, such as width; otherwise, and among equals, the first row is. Vectors are read in blocks; what stays in memory
-    is about 40 bytes a row, and what the pairs take.
+    is about 40 bytes a row, and the pairs of 1,024 rows (2,048 each, 16 bytes a pair). Of a group all members are
+    compared with each other, 1,024 lines at a time: a group of 100,000 takes 400 MB and 10^10 comparisons.
     UserError: a threshold that is none, or a column that is not there.
     """
     if not 0 < threshold <= 1:
@@ -201,8 +201,12 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
 def _pairs(
     live: LiveIndex, rows: np.ndarray, threshold: float, modality: str, nearest: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(i, j): the near pairs that these rows are in. Writes down how near the nearest of each is."""
+    """(i, j): the near pairs that these rows are in. Writes down how near the nearest of each is.
+
+    Of many copies of a row only the first is asked for ever more neighbours, which are those of the others, too.
+    """
     own = live.vectors(rows, modality)
+    itself = np.minimum(np.einsum("nd,nd->n", own, own), 1)
     left, right = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     open_ = np.arange(len(rows))  # those whose neighbours did not end yet
     for k in NEIGHBOURS:
@@ -212,14 +216,13 @@ def _pairs(
         if k == min(NEIGHBOURS[0], live.rows):
             nearest[rows] = scores.max(axis=1)
         last = scores.min(axis=1, initial=np.inf, where=np.isfinite(scores))
-        more = last >= threshold - SLACK
-        done = np.flatnonzero(~more) if k < min(NEIGHBOURS[-1], live.rows) else np.arange(len(open_))
-        at, place = np.nonzero(scores[done] >= threshold - SLACK)
-        i, j = open_[done][at], found[done][at, place]
-        near = _cosines(live, own, i, j, modality) >= threshold
-        left.append(rows[i[near]])
-        right.append(j[near])
-        open_ = open_[more]
+        at, place = np.nonzero(scores >= threshold - SLACK)
+        i, j = open_[at], found[at, place]
+        cosine = _cosines(live, own, i, j, modality)
+        left.append(rows[i[cosine >= threshold]])
+        right.append(j[cosine >= threshold])
+        copies = i[(cosine >= itself[i] - SAME) & (j < rows[i])]
+        open_ = np.setdiff1d(open_[last >= threshold - SLACK], copies)
         if not len(open_) or k == live.rows:
             break
     return np.concatenate(left), np.concatenate(right)
@@ -237,10 +240,21 @@ def _cosines(live: LiveIndex, own: np.ndarray, i: np.ndarray, j: np.ndarray, mod
 
 def _join(parent: np.ndarray, i: np.ndarray, j: np.ndarray) -> None:
     """Union-find over pairs: afterwards i and j hang on one root, the lowest row of their group."""
-    for a, b in zip(i.tolist(), j.tolist(), strict=True):
-        a, b = _root(parent, a), _root(parent, b)
-        if a != b:
-            parent[max(a, b)] = min(a, b)
+    for low in range(0, len(i), PAIRS):
+        roots = np.stack([_roots(parent, i[low : low + PAIRS]), _roots(parent, j[low : low + PAIRS])], axis=1)
+        for a, b in np.unique(roots[roots[:, 0] != roots[:, 1]], axis=0).tolist():  # most hang together already
+            a, b = _root(parent, a), _root(parent, b)
+            if a != b:
+                parent[max(a, b)] = min(a, b)
+
+
+def _roots(parent: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The roots of many rows, which hang on them directly from now on."""
+    roots = parent[rows]
+    while not np.array_equal(roots, above := parent[roots]):
+        roots = above
+    parent[rows] = roots
+    return roots
 
 
 def _root(parent: np.ndarray, row: int) -> int:
@@ -323,7 +337,8 @@ def _similar(live: LiveIndex, group: np.ndarray, modality: str) -> Iterator[tupl
 def _share_found(
     live: LiveIndex, rows: np.ndarray, threshold: float, modality: str, parent: np.ndarray
 ) -> float | None:
-    """Of the near pairs that rows of a sample are in, known by comparing these with all, the share in one group."""
+    """Of the near pairs that rows of a sample are in, known by comparing these with all, the share in one group, be
+    it by way of other pairs."""
     if all(part.filtered(modality).exact for part in live.parts):
         return None
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])

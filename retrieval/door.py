@@ -1,9 +1,10 @@
 """Who may come in, and with how much: the outermost layer of the server.
 
-Everything here is decided before a request's body is read. A server on a loopback address is for the people of that
-machine, but every web page they look at can send requests to it. So it answers only to names of the loopback (a page
-whose host name was pointed at 127.0.0.1, DNS rebinding, has another name), and requests of pages from elsewhere are
-refused unless their origin is allowed.
+Host, origin, token and the number of requests are looked at before a byte of the body is read; the body's size and the
+time it takes, while it comes. A server on a loopback address is for the people of that machine, but every web page they
+look at can send requests to it. So it answers only to names of the loopback (a page whose host name was pointed at
+127.0.0.1, DNS rebinding, has another name), and requests of pages from elsewhere are refused unless their origin is
+allowed.
 """
 
 import asyncio
@@ -36,7 +37,8 @@ FORGET_AFTER = 600  # seconds that a browser may remember what is allowed
 class Door:
     """ASGI middleware: host, origin, token, size, number and time of requests; what it refuses is counted.
 
-    free: paths that need no token and no place in the queue. slow: paths that may take `slow_seconds`.
+    names: in lower case, that a server on a loopback address answers to besides those of the loopback. free: paths that
+    need no token and no place in the queue. slow: paths that may take `slow_seconds`.
     route_of(path): a short name for the metrics, one of few.
     """
 
@@ -119,10 +121,10 @@ class Door:
             self.telemetry.in_flight.set(self.inside)
 
     def _check_host(self, headers: Headers) -> None:
-        host = host_of(headers.get(b"host", b"").decode("latin-1"))
+        host = host_of(headers.get(b"host", b"").decode("latin-1")).lower()
         if self.loopback and host not in self.names and not is_loopback(host):
             self._count("host")
-            known = ", ".join(("localhost", "127.0.0.1", *self.names))
+            known = ", ".join(dict.fromkeys(("localhost", "127.0.0.1", *self.names)))
             raise Refused(421, f"this server answers to these names only: {known}", code="wrong_host")
 
     def _check_origin(self, headers: Headers) -> Headers:
@@ -130,10 +132,13 @@ class Door:
         origin = headers.get(b"origin", b"").decode("latin-1")
         if not origin:
             return {}
-        name = urlsplit(origin).netloc
+        try:
+            name = urlsplit(origin).netloc
+        except ValueError:  # http://[
+            name = ""
         allowed = "*" in self.origins or origin in self.origins
-        allowed = allowed or name == headers.get(b"host", b"").decode("latin-1")
-        if not allowed and not (self.loopback and not self.origins and is_loopback(host_of(name))):
+        allowed = allowed or (name != "" and name == headers.get(b"host", b"").decode("latin-1"))
+        if not allowed and not (self.loopback and is_loopback(host_of(name))):
             self._count("origin")
             raise Refused(403, f"pages of {origin[:200]} may not use this server", code="wrong_origin")
         said = b"*" if "*" in self.origins else headers[b"origin"]

@@ -28,7 +28,7 @@ def search(rows: Rows, queries: np.ndarray, k: int, block: int = BLOCK) -> tuple
 
     queries (Q, D). k is cut to the number of rows. The rows are read once, `block` at a time, so the memory is about
     block * (2 D + 256) floats whatever N and Q are. Which of several rows tied for the last place is returned is
-    undefined. For many searches of the same rows, Matrix saves the reading and rounding.
+    undefined. A row with a NaN is no answer. For many searches of the same rows, Matrix saves the reading and rounding.
     """
     parts = _parts(rows)
     k = min(k, sum(len(part) for part in parts))
@@ -152,7 +152,7 @@ class _Answers:
     def take(self, block: _Block, allowed: np.ndarray | None = None) -> None:
         """Look at a block of rows; with allowed (count,) bool, only at these."""
         mask = None if allowed is None else torch.from_numpy(np.ascontiguousarray(allowed, dtype=bool))
-        if mask is not None and not mask.any():
+        if not self._k or (mask is not None and not mask.any()):
             return
         for chunk in self._chunks:
             chunk.take(block, mask)
@@ -201,7 +201,8 @@ class _Chunk:
 
         Let q' and x' be q and x rounded. Then q.x - q'.x' = (q - q').x + q'.(x - x'), which Cauchy and Schwarz bound by
         |q - q'| |x| + |q'| |x - x'|; summing D products in float32 is off by at most D 2^-23 |q'| |x'|. A row that
-        beats the k-th best so far, b, has q'.x' >= b - bound, and rounding both to bfloat16 keeps that order.
+        beats the k-th best so far, b, has q'.x' >= b - bound, and rounding both to bfloat16 keeps that order. All this
+        for normal numbers: products below 1e-38 may be lost.
         """
         if block.rounded is None or not math.isfinite(block.norm + block.error):
             return None
@@ -222,6 +223,8 @@ class _Chunk:
         if allowed is not None:
             scores.masked_fill_(~allowed, -torch.inf)
         best, at = scores.topk(min(self.k, block.count), dim=1)
+        if best.isnan().any():  # topk puts them first; they are no answers
+            best, at = scores.masked_fill_(scores.isnan(), -torch.inf).topk(min(self.k, block.count), dim=1)
         self._merge(best, torch.where(best > -torch.inf, at + block.start, -1))
 
     def _merge(self, scores: torch.Tensor, rows: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """A faiss index that is asked for the best of some of its rows, and answers with as many as were asked for."""
 
 import math
+import threading
 from collections.abc import Callable
 from functools import cached_property
 
@@ -14,6 +15,7 @@ SHARING = 32  # queries at most that share the fetching of rows, and so make tha
 BLOCK = 16_384  # rows compared at a time
 AROUND = 32  # nearest rows that are looked at, to see how many around a query are allowed
 MOST = 0.9  # share of allowed rows above which it does not matter where they are
+BATCH = 8  # queries from which on an exact kind gets an exact.Matrix, which takes memory; half as many use it then
 FETCHED = 2048  # answers that are fetched at most, to find k among them that are allowed
 
 Answer = tuple[np.ndarray, np.ndarray]  # scores (Q, k) float32, rows (Q, k) int64; best first, -inf and -1 at the end
@@ -33,14 +35,19 @@ class Mask:
 
 
 class FilteredIndex:
-    """One faiss index and the vectors in it. Safe over threads: the index itself is never turned."""
+    """One faiss index and the vectors in it. Safe over threads: the index itself is never turned.
+
+    Exact kinds (Flat, SQfp16) take no memory of their own until the first batch of BATCH queries comes; from then on
+    that of exact.Matrix.
+    """
 
     def __init__(self, index: faiss.Index, fetch: Callable[[np.ndarray], np.ndarray]) -> None:
         """fetch: rows (N,) -> vectors (N, D) float32, for the comparisons one by one."""
         self.index = index
-        rows = plain_rows(index)
-        self._fetch = fetch if rows is None else rows.__getitem__
-        self._matrix = None if rows is None else exact.Matrix(rows)
+        self._rows = plain_rows(index)
+        self._fetch = fetch if self._rows is None else self._rows.__getitem__
+        self._matrix: exact.Matrix | None = None
+        self._making = threading.Lock()
 
     def __len__(self) -> int:
         return self.index.ntotal
@@ -48,7 +55,7 @@ class FilteredIndex:
     @property
     def exact(self) -> bool:
         """Whether it finds the true best: the vectors are in it as they were given."""
-        return self._matrix is not None
+        return self._rows is not None
 
     @cached_property
     def takes_selector(self) -> bool:
@@ -75,9 +82,8 @@ class FilteredIndex:
         if mask is not None and count > MOST * len(self):  # a few are deleted: leaving them out afterwards costs least
             scores, rows = self._fetched(queries, k, mask, k + math.ceil(1.5 * k * (len(self) / count - 1)) + 4)
             left = np.flatnonzero((rows < 0).any(axis=1))
-        if self._matrix is not None:
-            allowed = None if mask is None else mask.allowed
-            scores[left], rows[left] = padded(self._matrix.search(queries[left], min(k, count), allowed), k)
+        if self.exact:
+            scores[left], rows[left] = padded(self._exactly(queries[left], min(k, count), mask), k)
             return scores, rows
         if count <= k:
             return self._one_by_one(queries, k, mask)
@@ -112,6 +118,15 @@ class FilteredIndex:
         widen = 1 / np.sqrt(share * around)
         return 2.0 ** np.ceil(np.log2(widen if self._graph is not None else widen**0.7))
 
+    def _exactly(self, queries: np.ndarray, k: int, mask: Mask | None = None) -> Answer:
+        """Of an exact kind; faiss is as fast for a few queries, without the memory and the time to make a Matrix."""
+        if len(queries) < (BATCH if self._matrix is None else BATCH // 2):
+            return self._searched(queries, k, mask, 1)
+        with self._making:
+            if self._matrix is None:
+                self._matrix = exact.Matrix(self._rows)
+        return self._matrix.search(queries, k, None if mask is None else mask.allowed)
+
     def _searched(self, queries: np.ndarray, k: int, mask: Mask | None, widen: float) -> Answer:
         if mask is None and widen == 1:
             return self.index.search(queries, k)
@@ -132,7 +147,7 @@ class FilteredIndex:
     def _fetched(self, queries: np.ndarray, k: int, mask: Mask, wanted: int) -> Answer:
         """The allowed ones of the `wanted` best, at most k."""
         wanted = min(wanted, len(self))
-        scores, rows = (self.index if self._matrix is None else self._matrix).search(queries, wanted)
+        scores, rows = (self._exactly if self.exact else self.index.search)(queries, wanted)
         scores[(rows < 0) | ~mask.allowed[rows]] = -np.inf
         return best_of(scores, rows, k)
 

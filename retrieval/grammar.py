@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from clip_train.settings import UserError
+from retrieval.query import QueryError
 
 MOST_CHARACTERS = 2000
 DEEPEST = 32  # brackets, nots and minuses within each other
@@ -53,15 +53,15 @@ class Node:
 
 
 def parse(text: str) -> Node:
-    """The tree of a filter. UserError, with the place, if the text is none; nothing else, whatever the text."""
+    """The tree of a filter. QueryError, with the place, if the text is none; nothing else, whatever the text."""
     if not text.strip():
-        raise UserError("the filter is empty; write one like: license == 'MIT' and width >= 64")
+        raise QueryError("the filter is empty; write one like: license == 'MIT' and width >= 64")
     if len(text) > MOST_CHARACTERS:
-        raise UserError(f"the filter has {len(text)} characters; at most {MOST_CHARACTERS} are read")
+        raise QueryError(f"the filter has {len(text)} characters; at most {MOST_CHARACTERS} are read")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place(text, error.start)} this is not UTF-8 text") from error
+        raise QueryError(f"{place(text, error.start)} this is not UTF-8 text") from error
     return _Parser(text).parse()
 
 
@@ -99,7 +99,7 @@ class _Parser:
         for match in TOKEN.finditer(self.text):
             kind, word, at = match.lastgroup or "", match[0], match.start()
             if kind in ("name", "number") and before == "number" or before == "name" and kind == "text":
-                raise UserError(f"{place(self.text, at)} a space or a sign is missing before {word[:40]!r}")
+                raise QueryError(f"{place(self.text, at)} a space or a sign is missing before {word[:40]!r}")
             before = kind
             if kind == "name" and word.lower() in WORDS:
                 kind = word.lower()
@@ -125,7 +125,7 @@ class _Parser:
             raise self._wrong(f"expected {kind!r}")
         return token
 
-    def _wrong(self, what: str) -> UserError:
+    def _wrong(self, what: str) -> QueryError:
         kind, word, at = self.tokens[self.next]
         if word == "=":
             what = "write == to compare"
@@ -134,7 +134,7 @@ class _Parser:
         elif word in SAME_WORD:
             what += f" (write {SAME_WORD[word]!r})" * (word == "!")
         found = "the filter ends" if kind == "end" else f"found {word[:40]!r}"
-        return UserError(f"{place(self.text, at)} {what}, {found}")
+        return QueryError(f"{place(self.text, at)} {what}, {found}")
 
     def _deeper(self, inner: Callable[[], Node]) -> Node:
         before = self._down()
@@ -146,7 +146,7 @@ class _Parser:
         """One level deeper; the level that it was before."""
         self.depth += 1
         if self.depth > DEEPEST:
-            raise UserError(f"{place(self.text, self.tokens[self.next][2])} more than {DEEPEST} levels are too deep")
+            raise QueryError(f"{place(self.text, self.tokens[self.next][2])} more than {DEEPEST} levels are too deep")
         return self.depth - 1
 
     def _either(self) -> Node:
@@ -174,6 +174,8 @@ class _Parser:
             elif self._take("in"):
                 right = self._items() if self._kind() in ("(", "[") else self._sum()
                 found.append(self._negated(bool(negated), self._in(left, right)))
+                if right.kind == "list" and self._kind() in (*COMPARISONS, "in", "is", "not"):
+                    raise self._wrong("a list ends a comparison: expected 'and', 'or' or the end")
             elif self._take("is"):
                 negated = self._take("not")
                 if not self._take("null", "none"):
@@ -194,9 +196,11 @@ class _Parser:
         if right.kind == "list":
             return Node("isin", left.at, (left, *right.parts))
         if left.kind != "literal":
-            raise UserError(f"{place(self.text, left.at)} 'in' wants a list, like in ['MIT', 'CC0'], or 'x' in column")
+            raise QueryError(f"{place(self.text, left.at)} 'in' wants a list, like in ['MIT', 'CC0'], or 'x' in column")
         if right.kind == "literal":
-            raise UserError(f"{place(self.text, right.at)} 'in' wants a column or a list like ['MIT', 'CC0'] behind it")
+            raise QueryError(
+                f"{place(self.text, right.at)} 'in' wants a column or a list like ['MIT', 'CC0'] behind it"
+            )
         return Node("within", left.at, (left, right))
 
     def _items(self) -> Node:
@@ -211,7 +215,7 @@ class _Parser:
                     break
             item = self._deeper(self._sign)
             if item.kind != "literal":
-                raise UserError(f"{place(self.text, item.at)} a list holds texts, numbers, true or false")
+                raise QueryError(f"{place(self.text, item.at)} a list holds texts, numbers, true or false")
             items.append(item)
         return Node("list", opening[2], tuple(items))
 
@@ -251,7 +255,7 @@ class _Parser:
         method, at = name[1], name[2]
         takes = METHODS.get(method)
         if takes is None:
-            raise UserError(f"{place(self.text, at)} there is no {method[:40]}(); there are: {', '.join(METHODS)}")
+            raise QueryError(f"{place(self.text, at)} there is no {method[:40]}(); there are: {', '.join(METHODS)}")
         self._need("(")
         arguments: tuple[Node, ...] = ()
         if takes == "list":
@@ -310,7 +314,7 @@ class _Parser:
 
     def _number(self, token: tuple[str, str, int]) -> int | float:
         if len(token[1]) > MOST_DIGITS:
-            raise UserError(f"{place(self.text, token[2])} the number has more than {MOST_DIGITS} characters")
+            raise QueryError(f"{place(self.text, token[2])} the number has more than {MOST_DIGITS} characters")
         whole = re.fullmatch("[0-9]+", token[1])
         number = int(token[1]) if whole else float(token[1])
-        return float(number) if abs(number) >= 2**63 else number
+        return number

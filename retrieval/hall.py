@@ -1,14 +1,16 @@
 """Hall: what all routes of a server share, and the config that bounds it."""
 
 import asyncio
+import math
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clip_train.fetch import FetchConfig, FetchError, fetch
+from clip_train.fetch import FetchConfig, FetchError, HostError, fetch
 from clip_train.settings import UserError
 from retrieval.asked import Refused
 from retrieval.batcher import busy
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from retrieval.studio import Generator
 
 FETCHES = 4  # addresses of pictures that are fetched at once
+BEGUN_BY = 0.9  # of the time for an answer: work that has waited longer would hardly be ready in time, and gets 429
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +35,11 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     token: str | None = field(default=None, repr=False)  # that requests must bring as Authorization: Bearer
-    origins: tuple[str, ...] = ()  # of pages elsewhere that may use the server; "*": all. See `any_origin`
+    origins: tuple[str, ...] = ()  # of pages elsewhere that may use the server; "*": all. See `all_origins`
     image_urls: bool = False  # whether /knn-service fetches pictures from public addresses
     upload_bytes: int = 16_000_000  # of one request's body
     pixels: int = 32_000_000  # of a picture in a request
-    seconds: float = 30.0  # for one answer; a request that has not been begun by then gets 429
+    seconds: float = 30.0  # for one answer, else 504; 429 if its turn came too late to be worth beginning
     draw_seconds: float = 300.0  # the same for pictures that are drawn, and for /v1/embeddings of many texts
     queue: int = 256  # requests at once; the next one gets 429
     draw_queue: int = 4  # requests for pictures that may wait for the generator
@@ -50,8 +53,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         low = ("upload_bytes", "pixels", "seconds", "draw_seconds", "queue", "batch", "most", "max_count")
         for name in (*low, "reload_seconds"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} {getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:  # NaN neither
+                raise UserError(f"{name} {getattr(self, name)} must be a number above 0")
         if self.draw_queue < 0 or not 0 <= self.port < 65_536:
             raise UserError(f"draw_queue {self.draw_queue} must be at least 0, port {self.port} below 65536")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
@@ -63,9 +66,19 @@ class ServeConfig:
                 raise UserError(f"{origin} is not an origin such as https://example.com (no path), nor *")
 
     @property
+    def address(self) -> tuple[socket.AddressFamily, str]:
+        """The address that `host` means on this machine, IPv4 if it has one. UserError if it means none."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"cannot listen on {self.host}: this machine knows no such host") from error
+        family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        return family, address[0]
+
+    @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return is_loopback(self.host)
+        return is_loopback(self.address[1])
 
     @property
     def exposed(self) -> bool:
@@ -74,9 +87,9 @@ class ServeConfig:
 
     @property
     def all_origins(self) -> tuple[str, ...]:
-        """Without a choice of one's own: all pages where a token guards the server or everybody can reach it anyway;
-        on a loopback address without a token only pages of this machine, which Door knows."""
-        return self.origins or (("*",) if self.token or not self.loopback else ())
+        """Without a choice of one's own: all pages where a token guards the server, else none. Without a token any page
+        that somebody looks at could read the whole server for its author, who cannot reach it himself."""
+        return self.origins or (("*",) if self.token else ())
 
 
 class Hall:
@@ -93,6 +106,7 @@ class Hall:
         self._threads = ThreadPoolExecutor(8, "unclip-any")
         self._searching = ThreadPoolExecutor(1, "unclip-search")
         self._encoding = ThreadPoolExecutor(1, "unclip-encode")
+        self._large = ThreadPoolExecutor(1, "unclip-decode")
         self._drawing = ThreadPoolExecutor(1, "unclip-draw")
         self._fetching = ThreadPoolExecutor(FETCHES, "unclip-fetch")
         self._fetches = 0
@@ -100,7 +114,7 @@ class Hall:
         self.indexes = {name: self._served(name, searcher) for name, searcher in searchers.items()}
         self.studio: Studio | None = None
         if generator is not None:
-            how = {"queue": config.draw_queue, "seconds": config.draw_seconds}
+            how = {"queue": config.draw_queue, "seconds": BEGUN_BY * config.draw_seconds}
             self.studio = Studio(generator, self._drawing, telemetry, **how)
             if generator.clip is not None:
                 self._encoder(generator.clip, "generator")
@@ -136,6 +150,8 @@ class Hall:
         self._fetches += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._fetching, fetch, url, how)
+        except HostError as error:  # strangers need not hear which names this machine's network has
+            raise Refused(400, "the picture cannot be fetched: its host is not known, or not public") from error
         except FetchError as error:
             raise Refused(400, f"the picture cannot be fetched: {error}") from error
         finally:
@@ -153,12 +169,13 @@ class Hall:
 
     def close(self) -> None:
         """Let the threads end; work that has not begun is dropped."""
-        for threads in (self._threads, self._searching, self._encoding, self._drawing, self._fetching):
+        for threads in (self._threads, self._searching, self._encoding, self._large, self._drawing, self._fetching):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _served(self, name: str, searcher: Searcher) -> ServedIndex:
         if not re.fullmatch(r"[\w.-]{1,64}", name):
-            raise UserError(f"{name!r} is no name for an index: take letters, digits, '_', '-' and '.'")
+            say = "give it one of letters, digits, '_', '-' and '.': --index NAME=FOLDER"
+            raise UserError(f"{name!r} is no name for an index; {say}")
         fingerprint = searcher.manifest.inputs["clip"]["fingerprint"]
         encoder = self.encoders.get(fingerprint)
         if encoder is None:
@@ -166,13 +183,14 @@ class Hall:
                 encoder = self._encoder(searcher.clip, name)
             except UserError as error:
                 log.warning("%s: only vectors and keys can be searched for: %s", name, error)
-        how = {"batch": self.config.batch, "seconds": self.config.seconds, "telemetry": self.telemetry}
+        how = {"batch": self.config.batch, "seconds": BEGUN_BY * self.config.seconds, "telemetry": self.telemetry}
         return ServedIndex(name, searcher, encoder, threads=self._threads, one_thread=self._searching, **how)
 
     def _encoder(self, clip: Any, name: str) -> Encoder:
         if clip.fingerprint not in self.encoders:
-            clip = clip.for_inference(self.config.precision)
-            how = {"batch": self.config.batch, "seconds": self.config.seconds, "max_pixels": self.config.pixels}
-            threads = {"threads": self._threads, "one_thread": self._encoding}
+            config = self.config
+            clip = clip.for_inference(config.precision)
+            how = {"batch": config.batch, "seconds": BEGUN_BY * config.seconds, "max_pixels": config.pixels}
+            threads = {"threads": self._threads, "large_thread": self._large, "one_thread": self._encoding}
             self.encoders[clip.fingerprint] = Encoder(clip, name, telemetry=self.telemetry, **threads, **how)
         return self.encoders[clip.fingerprint]

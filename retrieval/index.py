@@ -7,10 +7,10 @@ A kind is taken only if it reaches the recall that is asked for, on held-out que
 """
 
 import json
-import math
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Built:
     """An index that reaches the recall."""
 
     setting: tune.Setting
-    recall: float  # on queries that did not choose the setting
+    recall: float  # on other queries than those that the setting was found on; tune.confirm may have raised it by them
     speed: float  # queries a second and core on these
     file: Path
 
@@ -55,20 +55,19 @@ def build_index(
     recall: of the 10 true best answers, the share that must be found. memory: bytes for both indexes when loaded, also
     as "500MB" or "4G". kind: auto, flat (exact), ivf, pq, rabitq, opq or hnsw; what does not reach the recall is
     replaced by flat. workers: processes that add rows; engine: local, or ray (a cluster that sees the folders).
-    The manifest's result has, for image and text: kind, knob, value, k_factor (of refined kinds), recall (on queries
-    that did not choose the value), queries_per_second (of one core), bytes_per_vector, and tried.
+    The manifest's result has, for image and text: kind, knob, value, k_factor (of refined kinds), recall (on other
+    queries than those that the value was found on; where it was below the recall on these, it was raised a little),
+    queries_per_second (of one core), bytes_per_vector, and tried.
     A killed build goes on from its finished stages when it is run again.
     UserError: rows that are not unit rows, or a recall that the memory does not allow.
     """
-    if kind not in NAMES:
-        raise UserError(f"kind {kind!r} must be one of: {', '.join(NAMES)}")
-    if not 0 < recall <= 1:
-        raise UserError(f"recall {recall} must be above 0 and at most 1")
+    room = checked(recall, memory, kind)
     if engine not in build.ENGINES:
         raise UserError(f"engine {engine!r} must be one of: {', '.join(build.ENGINES)}")
+    if engine == "ray":
+        build.ray_or_refuse()
     if workers < 1:
         raise UserError(f"workers {workers} must be at least 1")
-    room = None if memory is None else parse_bytes(memory)
     store = EmbeddingStore.open(embeddings)
     inputs = {"embeddings": Input(store.fingerprint, store.folder)}
     for name, given in store.manifest.inputs.items():  # so that the index finds them without the embeddings
@@ -83,17 +82,28 @@ def build_index(
     (space.path / "scratch").mkdir(exist_ok=True)
     for path in store.table.paths:
         shutil.copyfile(path, space.path / "metadata" / path.name)
-    how = {"recall": recall, "memory": room and room // 2, "kind": kind, "workers": workers, "engine": engine}
-    for modality in MODALITIES:
-        note = space.path / "scratch" / f"{modality}.json"  # written when the index is there
+    notes = {modality: space.path / "scratch" / f"{modality}.json" for modality in MODALITIES}
+    for modality, note in notes.items():
         if not note.exists():
             _refuse_broken(store, modality)
+    how = {"recall": recall, "memory": room and room // 2, "kind": kind, "workers": workers, "engine": engine}
+    for modality, note in notes.items():
+        if not note.exists():  # it is written when the index is there
             path, scratch = space.path / f"{modality}.index", space.path / "scratch" / modality
             chosen = choose_and_build(store, modality, path, **how, scratch=scratch, on_progress=on_progress)
             write_file(note, json.dumps(chosen).encode())
             shutil.rmtree(scratch)
         result[modality] = json.loads(note.read_text())
     return space.publish(result)
+
+
+def checked(recall: float, memory: int | str | None, kind: str) -> int | None:
+    """The memory in bytes; UserError where one of the three is not what build_index takes."""
+    if kind not in NAMES:
+        raise UserError(f"kind {kind!r} must be one of: {', '.join(NAMES)}")
+    if not 0 < recall <= 1:
+        raise UserError(f"recall {recall} must be above 0 and at most 1")
+    return None if memory is None else parse_bytes(memory)
 
 
 def choose_and_build(
@@ -111,14 +121,18 @@ def choose_and_build(
 ) -> dict[str, Any]:
     """Choose a kind for the image or text rows of a store, build and measure it, and write it to the file `path`.
 
-    memory: bytes for this index alone. scratch: a folder for finished stages, which a killed run goes on from; by
-    default beside `path`, and removed at the end.
+    memory: bytes for this index alone. scratch: a folder for finished stages, which a killed run goes on from; it must
+    be of the same vectors. By default a new one beside `path`, removed at the end.
     Returns: kind, knob, value, recall, queries_per_second, bytes_per_vector, tried, ... as build_index describes.
     store: len(), dim, image(rows) and text(rows) as an EmbeddingStore has them; with workers it must be one.
     UserError: a recall that the memory does not allow.
     """
     path = Path(path)
-    stages = path.with_name(f"{path.name}.scratch") if scratch is None else Path(scratch)
+    if scratch is None:
+        how = {"recall": recall, "memory": memory, "kind": kind, "workers": workers, "engine": engine}
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as new:
+            return choose_and_build(store, modality, path, **how, scratch=new, on_progress=on_progress)
+    stages = Path(scratch)
     stages.mkdir(parents=True, exist_ok=True)
     if not isinstance(store, EmbeddingStore):  # other processes could not open it
         workers, engine = 1, "local"
@@ -131,7 +145,7 @@ def choose_and_build(
     for tier in tiers(n, store.dim, kind, tight=memory is not None):
         reached: list[Built] = []
         for one in tier:
-            if memory is not None and one.bytes_per_row(n, store.dim) * n > memory:
+            if memory is not None and round(one.bytes_per_row(n, store.dim) * n) > memory:
                 continue
             if one.last and one.last not in ceilings:
                 ceilings[one.last] = asked.ceiling(one.last)
@@ -140,6 +154,9 @@ def choose_and_build(
             began = _core_seconds()
             file = build.build(store, modality, one, stages, **how)
             seconds += _core_seconds() - began
+            if memory is not None and file.stat().st_size > memory:
+                file.unlink()
+                continue
             index = faiss.read_index(str(file))
             setting, seen = tune.tune(index, one, asked, recall)
             tried += seen
@@ -148,15 +165,15 @@ def choose_and_build(
                 reached.append(Built(*confirmed, others.speed(index), file))
             else:
                 file.unlink()
+            del index  # or it stays in memory while the next is built
         if reached:
             chosen = _finish(max(reached, key=lambda built: built.speed), others, path, n)
             chosen["build_seconds"] = round(seconds, 2)  # of one core, for all that was built; tuning not counted
             chosen["queries"] = f"{len(others.queries)} {'text' if modality == 'image' else 'image'} embeddings"
-            if scratch is None:
-                shutil.rmtree(stages)
             ceilings = {codes: round(value, 4) for codes, value in ceilings.items()}
             return chosen | {"ceilings": ceilings, "tried": [one.table_row() for one in tried]}
-    possible = max([one.recall for one in tried] + list(ceilings.values()), default=None)
+    seen = [one.recall for one in tried] + list(ceilings.values())
+    possible = max((value for value in seen if value < recall), default=None)
     raise UserError(_too_little(recall, memory, possible, store))
 
 
@@ -164,7 +181,8 @@ def load_index(folder: Path | str, modality: str = "image") -> faiss.Index:
     """image.index or text.index of a folder, memory-mapped as far as the installed faiss can.
 
     Since faiss 1.11 all but the packed codes of fast-scan kinds is read from the file when it is needed; before, only
-    the lists of IVF,SQ and IVF,Flat.
+    the lists of IVF,SQ and IVF,Flat. (What searches Flat and SQfp16 for unclip makes a copy of half the width of a
+    float32 at the first batch: filtered.FilteredIndex.)
     """
     path = Path(folder) / f"{modality}.index"
     if not path.exists():
@@ -204,11 +222,13 @@ def _core_seconds() -> float:
 
 
 def _too_little(recall: float, memory: int | None, best: float | None, store: build.Rows) -> str:
+    if memory is None:
+        return f"only a recall of {round(best or 0, 4)} can be had, but {recall} is asked for: lower --recall"
     least = min(Kind(codes).bytes_per_row(len(store), store.dim) for codes in ("Flat", "SQfp16"))
     found = "no index of this kind fits" if best is None else f"only a recall of {round(best, 4)} can be had"
     return (
-        f"in memory {memory * 2 if memory else 'given'} {found}, but {recall} is asked for; "
-        f"an exact index needs {math.ceil(least * len(store) * len(MODALITIES))} bytes: "
+        f"in memory {memory * 2} {found}, but {recall} is asked for; "
+        f"an exact index needs {round(least * len(store)) * len(MODALITIES)} bytes: "
         "raise --memory or lower --recall"
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 EXACT_UP_TO = 20_000  # rows that a flat index searches in about 2 ms on one core: no approximation pays
 GRAPH_UP_TO = 50_000  # rows up to which auto tries a graph too; beyond, it takes longer to build than all the others
 K_FACTORS = (4, 8, 12, 16, 32, 64)  # of a refined kind: how many times k rows are scored a second time
+HEAD = 100  # bytes of a file that are no rows', at least
 NAMES = ("auto", "flat", "ivf", "pq", "rabitq", "opq", "hnsw")
 
 
@@ -48,6 +49,11 @@ class Kind:
         return "nprobe" if self.lists else "efSearch" if self.codes.startswith("HNSW") else ""
 
     @property
+    def codewords(self) -> int:
+        """Of each sub-vector, to be learned from at least as many rows; 0 where there are none."""
+        return 0 if not self.codes.startswith("PQ") else 16 if self.codes.endswith("x4") else 256
+
+    @property
     def k_factors(self) -> tuple[int, ...]:
         return K_FACTORS if self.refine else (1,)
 
@@ -58,15 +64,20 @@ class Kind:
         return codes if codes in ("SQ8", "SQ6", "SQ4") else ""
 
     def bytes_per_row(self, n: int, dim: int) -> float:
-        """Memory for each of n rows: codes, ids, and its share of centres, rotation and codebooks."""
+        """Memory for each of n rows: codes, ids, and its share of centres, rotation, codebooks and a file's head.
+
+        Batches asked of an exact kind (filtered.FilteredIndex) cost 2 dim more.
+        """
         name, _, inner = self.codes.partition("_")
         if name.startswith("HNSW"):
             row = _bytes(inner or "Flat", dim) + 4 * 2 * int(name[4:]) * 1.1
         else:
             row = _bytes(name, dim)
+        row += 15.5 * row * self.lists / n if self.packed else 0  # each list is filled up to blocks of 32
+        row += HEAD / n
         row += 8 + 4 * dim * self.lists / n if self.lists else 0
         row += 4 * dim * dim / n if self.rotate else 0
-        row += 4 * dim * (16 if name.endswith("x4") else 256) / n if name.startswith("PQ") else 0
+        row += 4 * dim * self.codewords / n
         return row + (_bytes(self.refine, dim) if self.refine else 0)
 
     def values(self, n: int) -> Iterator[int]:
@@ -83,7 +94,8 @@ def tiers(n: int, dim: int, kind: str = "auto", tight: bool = False) -> list[lis
 
     tight: memory is limited, so smaller kinds are worth a try. Embeddings are float16: SQfp16 loses nothing of them,
     SQ8 reaches a recall of about 0.99. Codes of 4 bits for each 4 dimensions, refined by SQ8, are scanned fastest.
-    Kinds that the installed faiss cannot make are left out.
+    Kinds that the installed faiss cannot make, or that have more codes than there are rows to learn them from, are left
+    out.
     """
     lists = max(1, min(round(4 * math.sqrt(n)), n // 40))  # k-means wants 39 rows a list
     short = f"PQ{dim // 4}x4"
@@ -111,7 +123,7 @@ def tiers(n: int, dim: int, kind: str = "auto", tight: bool = False) -> list[lis
             "opq": turned + [[Kind(short, lists, "SQfp16", pieces)]] + flat,
             "hnsw": graph + flat,
         }[kind]
-    possible = [[one for one in tier if available(one, dim)] for tier in all_tiers]
+    possible = [[one for one in tier if available(one, dim) and one.codewords <= n] for tier in all_tiers]
     return [tier for tier in possible if tier]
 
 

@@ -36,6 +36,7 @@ KEY = "image_path"  # the metadata's column of keys
 TRIES = 20  # to read a folder that is changed meanwhile
 HELD = 500  # files of metadata that are kept open, so that they stay readable when the folder is compacted
 KEPT = 64  # columns of keys that stay in memory
+BLOCK = 16_384  # rows that are scored again at a time
 AGAIN = "make it again: unclip index"
 
 
@@ -148,12 +149,18 @@ class LiveIndex:
         queries = np.ascontiguousarray(np.array(queries, dtype=np.float32, ndmin=2))
         if allowed is not None and np.shape(allowed) != (self.rows,):
             raise ValueError(f"allowed is {np.shape(allowed)}, but the index has {self.rows} rows")
+        masks = self._masks
+        if allowed is not None:
+            masks = [
+                Mask(mask.allowed & allowed[low:high]) for mask, (low, high) in zip(masks, self._spans(), strict=True)
+            ]
+        several = sum(mask.count > 0 for mask in masks) > 1
         scores, rows = nothing_found(len(queries), 0)
-        for part, mask, (low, high) in zip(self.parts, self._masks, self._spans(), strict=True):
-            if allowed is not None:
-                mask = Mask(mask.allowed & allowed[low:high])
+        for part, mask, low in zip(self.parts, masks, self.starts.tolist(), strict=False):
             if mask.count:
                 more, found = part.filtered(modality).search(queries, k, mask)
+                if several:
+                    more = part.rescored(queries, more, found, modality)
                 scores, rows = np.hstack([scores, more]), np.hstack([rows, np.where(found < 0, -1, found + low)])
         return best_of(scores, rows, k)
 
@@ -208,6 +215,19 @@ class Part:
             vectors = self.vectors
             self._filtered[modality] = FilteredIndex(self._indexes[modality], lambda rows: vectors(rows, modality))
         return self._filtered[modality]
+
+    def rescored(self, queries: np.ndarray, scores: np.ndarray, rows: np.ndarray, modality: str) -> np.ndarray:
+        """(Q, k) the scores of an answer by the embeddings, while they are there: short codes, whose scores are off by
+        more than those of another part, are not comparable with them."""
+        if self.filtered(modality).exact or not self.vectors.exact:
+            return scores
+        scores = scores.copy()
+        query, place = np.nonzero(rows >= 0)
+        for low in range(0, len(query), BLOCK):
+            q, at = query[low : low + BLOCK], place[low : low + BLOCK]
+            some, which = np.unique(rows[q, at], return_inverse=True)
+            scores[q, at] = np.einsum("pd,pd->p", queries[q], self.vectors(some, modality)[which])
+        return scores
 
     def _load(self, modality: str) -> faiss.Index:
         index = load_index(self.folder, modality)

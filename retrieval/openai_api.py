@@ -21,7 +21,7 @@ from retrieval.asked import Asked, Refused, picture_bytes
 from retrieval.clip_api import answer, data_url
 from retrieval.door import unless_gone
 from retrieval.encoder import Encoder
-from retrieval.studio import Studio, files
+from retrieval.studio import NO_PROMPTS, Studio, files
 
 if TYPE_CHECKING:
     from retrieval.hall import Hall
@@ -44,7 +44,7 @@ def router(hall: "Hall") -> APIRouter:
 
     @routes.post("/embeddings")
     async def embeddings(request: Request) -> Response:
-        asked = await Asked.read(request, hall.in_thread)
+        asked = await Asked.read(request, hall.in_thread, pictures=True)
         served = hall.index(asked.get("model", str), "model")
         wanted = asked.choice("encoding_format", "float", "base64")
         inputs = _inputs(asked)
@@ -62,6 +62,8 @@ def router(hall: "Hall") -> APIRouter:
     async def generations(request: Request) -> Response:
         asked = await Asked.read(request, hall.in_thread)
         prompt = _prompt(asked)
+        if not studio.draws_prompts:
+            raise Refused(400, NO_PROMPTS)
         return await _drawn(asked, studio, hall, request, lambda n, seed: studio.from_caption(prompt, n, seed))
 
     @routes.post("/images/variations")
@@ -135,16 +137,17 @@ async def _form(request: Request) -> tuple[Asked, bytes]:
     try:
         async with request.form(max_files=4, max_fields=32) as form:
             fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value}
-            uploads = {name: value for name, value in form.multi_items() if isinstance(value, UploadFile)}
-            upload = uploads.get("image") or uploads.get("image[]")
-            picture = await upload.read() if upload else b""
+            uploads = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+            pictures = [await value.read() for name, value in uploads if name in ("image", "image[]")]
     except HTTPException as error:
         raise Refused(400, f"the form cannot be read: {error.detail}") from error
-    if not picture:
+    if len(pictures) > 1:
+        raise Refused(400, f"the form has {len(pictures)} pictures; one is worked on at a time")
+    if not any(pictures):
         raise Refused(400, "the form has no file named image")
-    if "mask" in uploads:
+    if "mask" in dict(uploads):
         fields["mask"] = "given"
-    return Asked(fields), picture
+    return Asked(fields), pictures[0]
 
 
 async def _drawn(asked: Asked, studio: Studio, hall: "Hall", request: Request, draw: Callable) -> Response:

@@ -5,6 +5,9 @@ POST /api/search                words, pictures, keys and vectors, added and sub
 GET  /api/picture/INDEX/ROW     the picture as it is in the tar; ?side=256: a small JPEG
 GET  /api/details/INDEX/ROW     all that is known of a row, and where it comes from
 POST /api/generate              pictures of a prompt or of rows, varied, interpolated, edited
+
+A compaction of the index gives rows new numbers. Whoever got a row from an earlier answer sends the sample's key with
+it (?key=KEY, and `key` in `from` of generate): then that sample is meant, wherever it is now; 409 says that it is gone.
 """
 
 import asyncio
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from retrieval.album import KEY
 from retrieval.asked import Asked, Refused, picture_bytes, vector
 from retrieval.clip_api import MOST_SHOWN, answer
 from retrieval.door import unless_gone
@@ -24,15 +28,16 @@ from retrieval.index import MODALITIES
 from retrieval.openai_api import MAX_SEED
 from retrieval.query import Term, combine
 from retrieval.served import Found, ServedIndex, thumbnail
-from retrieval.studio import Studio, files
+from retrieval.studio import NO_PROMPTS, Studio, files
 
 if TYPE_CHECKING:
     from retrieval.hall import Hall
+    from retrieval.live import LiveIndex
     from retrieval.search import Hit
 
 MOST_TERMS = 16
 MOST_STEPS = 100
-OWN = ("image_path", "caption", "captions")  # columns that have a place of their own in the answers
+OWN = (KEY, "caption", "captions")  # columns that have a place of their own in the answers
 
 
 def router(hall: "Hall") -> APIRouter:
@@ -46,7 +51,7 @@ def router(hall: "Hall") -> APIRouter:
     @routes.post("/search")
     async def search(request: Request) -> Response:
         began = time.perf_counter()
-        asked = await Asked.read(request, hall.in_thread)
+        asked = await Asked.read(request, hall.in_thread, pictures=True)
         served = hall.index(asked.get("index", str))
         modality = asked.choice("modality", *MODALITIES)
         k = asked.number("k", 40, 1, MOST_SHOWN)
@@ -60,38 +65,43 @@ def router(hall: "Hall") -> APIRouter:
 
         def chosen() -> Response:
             hits = served.searcher.query([Term("vector", query)], k, modality, where=where, distinct=distinct)
-            return answer({"hits": [_hit(served, hit, sure) for hit in hits], "ms": _since(began)})
+            return answer({"hits": _shown(served, hits, sure), "ms": _since(began)})
+
+        def described(nearest: Found) -> Response:
+            hits = nearest.view.hits(nearest.scores.tolist(), nearest.rows.tolist())
+            return answer({"hits": _shown(served, hits, sure), "ms": _since(began)})
 
         async def found() -> Response:
             if where or distinct:
                 return await hall.in_thread(chosen)
             nearest = await served.search(query, k, modality)
-            return await hall.in_thread(lambda: answer({"hits": _hits(served, nearest, sure), "ms": _since(began)}))
+            return await hall.in_thread(lambda: described(nearest))
 
         return await served.whole(found)
 
     @routes.get("/picture/{index}/{row}")
     async def picture(index: str, row: str, request: Request) -> Response:
         served = hall.index(index)
-        number = _row(row)
-        side = Asked(dict(request.query_params)).number("side", 0, 0, 2048)
-        state = hashlib.sha256(f"{served.searcher.index.state}\0{number}\0{side}".encode()).hexdigest()[:24]
+        number, asked = _row(row), Asked(dict(request.query_params))
+        side, key = asked.number("side", 0, 0, 2048), asked.text("key")
+        state = hashlib.sha256(f"{served.searcher.index.state}\0{number}\0{side}\0{key}".encode()).hexdigest()[:24]
         headers = {"ETag": f'"{state}"', "Cache-Control": "private, no-cache"}
         if state in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
 
         async def shown() -> tuple[bytes, str]:
-            return await hall.in_thread(lambda: _picture(served, number, side))
+            return await hall.in_thread(lambda: _picture(served, number, key, side))
 
         data, media_type = await served.whole(shown)
         return Response(data, media_type=media_type, headers=headers)
 
     @routes.get("/details/{index}/{row}")
-    async def details(index: str, row: str) -> Response:
+    async def details(index: str, row: str, request: Request) -> Response:
         served, number = hall.index(index), _row(row)
+        key = Asked(dict(request.query_params)).text("key")
 
         async def described() -> dict[str, Any]:
-            return await hall.in_thread(lambda: _details(served, number))
+            return await hall.in_thread(lambda: _details(served, number, key))
 
         return answer(await served.whole(described))
 
@@ -112,6 +122,7 @@ def _info(hall: "Hall") -> dict[str, Any]:
         {
             "name": served.name,
             "rows": len(served.searcher),
+            "numbers": served.searcher.index.rows,  # that rows have, deleted ones too
             "dim": served.dim,
             "columns": served.searcher.columns,
             "calibrated": served.searcher.calibration is not None,
@@ -123,7 +134,7 @@ def _info(hall: "Hall") -> dict[str, Any]:
     if hall.studio is not None:
         how = hall.studio.how
         generator = {"size": hall.studio.size, "steps": how.steps, "guidance": how.guidance}
-        generator["max_count"] = hall.config.max_count
+        generator |= {"max_count": hall.config.max_count, "prompts": hall.studio.draws_prompts}
     return {
         "name": "unclip",
         "version": metadata.version("unclip"),
@@ -171,32 +182,38 @@ async def _query(terms: list[Term], served: ServedIndex, hall: "Hall", modality:
     return combine(terms, np.stack(await asyncio.gather(*map(encoded, terms))))
 
 
-def _hits(served: ServedIndex, found: Found, sure: bool) -> list[dict[str, Any]]:
-    from retrieval.search import Hit
-
-    hits = []
-    for rank, (row, score) in enumerate(zip(found.rows.tolist(), found.scores.tolist(), strict=True), 1):
-        meta = served.row(found.live, row)
-        hits.append(Hit(rank, score, row, meta.pop("image_path"), meta.pop("caption", ""), meta))
-    return [_hit(served, hit, sure) for hit in hits]
-
-
-def _hit(served: ServedIndex, hit: "Hit", sure: bool) -> dict[str, Any]:
+def _shown(served: ServedIndex, hits: "list[Hit]", sure: bool) -> list[dict[str, Any]]:
+    """The hits as the page has them; sure: with probabilities where the CLIP is calibrated."""
     curve = served.searcher.calibration if sure else None
-    return {
-        "row": hit.row,
-        "key": hit.key,
-        "caption": hit.caption,
-        "score": round(hit.score, 6),
-        "probability": None if curve is None else round(float(curve.probability(hit.score)), 4),
-        "picture": f"/api/picture/{served.name}/{hit.row}",
-        "meta": hit.meta,
-    }
+    return [
+        {
+            "row": hit.row,
+            "key": hit.key,
+            "caption": hit.caption,
+            "score": round(hit.score, 6),
+            "probability": None if curve is None else round(float(curve.probability(hit.score)), 4),
+            "picture": f"/api/picture/{served.name}/{hit.row}",
+            "meta": hit.meta,
+        }
+        for hit in hits
+    ]
 
 
-def _picture(served: ServedIndex, row: int, side: int) -> tuple[bytes, str]:
-    served.row(served.searcher.index, row)
-    found = served.searcher.picture_bytes(row)
+def _place(served: ServedIndex, live: "LiveIndex", row: int, key: str | None) -> tuple[int, dict[str, Any]]:
+    """The row that is meant, and its metadata: with a key, the row that this sample has now."""
+    there = 0 <= row < live.rows and live.live[row]
+    if key is None or (there and live.table.row(row)[KEY] == key):
+        return row, served.row(live, row)
+    (now,) = live.rows_of([key]).tolist()
+    if now < 0:
+        raise Refused(409, f"the index {served.name} has been changed: {key[:80]!r} is gone", code="index_changed")
+    return now, served.row(live, now)
+
+
+def _picture(served: ServedIndex, row: int, key: str | None, side: int) -> tuple[bytes, str]:
+    view = served.searcher.view
+    row, _ = _place(served, view.index, row, key)
+    found = view.picture_bytes(row)
     if found is not None and side:
         found = thumbnail(found[0], max(side, 16))
     if found is None:
@@ -204,10 +221,10 @@ def _picture(served: ServedIndex, row: int, side: int) -> tuple[bytes, str]:
     return found
 
 
-def _details(served: ServedIndex, row: int) -> dict[str, Any]:
-    live = served.searcher.index
-    meta = served.row(live, row)
-    key, caption = meta.pop("image_path"), meta.pop("caption", "")
+def _details(served: ServedIndex, row: int, key: str | None) -> dict[str, Any]:
+    view = served.searcher.view
+    row, meta = _place(served, view.index, row, key)
+    key, caption = meta.pop(KEY), meta.pop("caption", "")
     captions = meta.pop("captions", [caption])
     return {
         "row": row,
@@ -215,13 +232,14 @@ def _details(served: ServedIndex, row: int) -> dict[str, Any]:
         "caption": caption,
         "captions": captions,
         "meta": meta,
-        "provenance": served.provenance(live, row),
+        "provenance": served.provenance(view, row),
     }
 
 
 async def _generated(asked: Asked, studio: Studio, hall: "Hall") -> dict[str, Any]:
     mode = asked.choice("mode", "generate", "vary", "interpolate", "edit")
-    count = asked.number("count", 4, 1, hall.config.max_count)
+    most = hall.config.max_count
+    count = asked.number("count", min(4, most), 2 if mode == "interpolate" else 1, most)
     seed = asked.number("seed", 0, 0, MAX_SEED)
     how = studio.sampling(
         asked.number("steps", studio.how.steps, 1, MOST_STEPS), asked.number("guidance", studio.how.guidance, 0.0, 20.0)
@@ -229,6 +247,10 @@ async def _generated(asked: Asked, studio: Studio, hall: "Hall") -> dict[str, An
     with_strip = asked.get("strip", bool, False)
     prompt, text = asked.text("prompt"), asked.text("text")
     rows = await _rows(asked, studio, hall)
+    if mode == "generate" and prompt is not None and not studio.draws_prompts:
+        raise Refused(400, NO_PROMPTS)
+    if mode == "edit" and studio.generator.clip is None:
+        raise Refused(400, "this server's generator has no CLIP to read the text with")
     needed = {"generate": None, "vary": 1, "interpolate": 2, "edit": 1}[mode]
     if mode == "generate" and prompt is None and len(rows) != 1:
         raise Refused(400, "generate needs a prompt, or one row in from")
@@ -239,7 +261,7 @@ async def _generated(asked: Asked, studio: Studio, hall: "Hall") -> dict[str, An
 
     def draw() -> dict[str, Any]:
         if mode == "interpolate":
-            made = studio.interpolate(rows, max(2, count), seed, how)
+            made = studio.interpolate(rows, count, seed, how)
         elif mode == "edit":
             made = studio.edit(rows[0], text, count, seed, how)
         elif mode == "vary" or prompt is None:
@@ -269,13 +291,14 @@ async def _rows(asked: Asked, studio: Studio, hall: "Hall") -> np.ndarray:
             raise Refused(400, "each of from must be an object with index and row")
         if served.searcher.manifest.inputs["clip"]["fingerprint"] != studio.clip_fingerprint:
             raise Refused(400, f"the generator was trained with another CLIP than the index {served.name}")
-        rows.append(await hall.in_thread(lambda served=served, row=row: _embedding(served, row)))
+        key = place.text("key")
+        rows.append(await hall.in_thread(lambda served=served, row=row, key=key: _embedding(served, row, key)))
     return np.array(rows)
 
 
-def _embedding(served: ServedIndex, row: int) -> np.ndarray:
+def _embedding(served: ServedIndex, row: int, key: str | None) -> np.ndarray:
     live = served.searcher.index
-    served.row(live, row)
+    row, _ = _place(served, live, row, key)
     return live.vectors(np.array([row]), "image")[0]
 
 

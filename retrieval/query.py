@@ -26,6 +26,10 @@ Question = tuple[str, "list[Term]"]  # the name that a query is shown by, and it
 LEAST = 1e-6  # length of a sum that still points somewhere
 
 
+class QueryError(UserError):
+    """What is wrong with the question itself, not with the index or the machine: whoever asked may read it."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand of a query."""
@@ -36,9 +40,9 @@ class Term:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"a term of kind {self.kind!r}; it must be one of: {', '.join(KINDS)}")
+            raise QueryError(f"a term of kind {self.kind!r}; it must be one of: {', '.join(KINDS)}")
         if not np.isfinite(self.weight) or self.weight == 0:
-            raise UserError(f"the weight {self.weight:g} of a term must be a number other than 0")
+            raise QueryError(f"the weight {self.weight:g} of a term must be a number other than 0")
 
     def __str__(self) -> str:
         name = f'"{self.value}"' if self.kind == "text" else f"{self.kind}:{self.shown}"
@@ -60,10 +64,10 @@ def parse_term(text: str, weight: float = 1.0) -> Term:
         weight, text = weight * float(match[1]), match[2]
     match = PREFIX.fullmatch(text.strip())
     kind, value = (match[1], match[2]) if match else ("text", text)
-    if len(value) > 1 and value[0] == value[-1] == '"':
+    if re.fullmatch(r'"[^"]*"', value):
         value = value[1:-1]
     if not value.strip():
-        raise UserError(f"the term {text!r} is empty; write a text, image:FILE, key:KEY or vector:FILE.npy")
+        raise QueryError(f"the term {text!r} is empty; write a text, image:FILE, key:KEY or vector:FILE.npy")
     return Term(kind, value, weight)
 
 
@@ -71,15 +75,15 @@ def parse_algebra(text: str) -> list[Term]:
     """'king - man + 0.5*woman' -> its terms, each as parse_term() reads it; a text without signs is one term.
 
     A sign is one only between spaces (or first, with a space behind it), so "t-shirt" and "-5 degrees" are texts. Text
-    in double quotes is taken as it is, signs included: so is the whole of '"t-shirt - red"'.
+    in double quotes is taken as it is, signs, weights and prefixes included: so is the whole of '"t-shirt - red"'.
     """
-    led = text if re.match(r"\s*[+-]\s", text) else f"+ {text}"
+    led = text if re.match(r"\s*[+\-\u2212]\s", text) else f"+ {text}"
     try:
         terms = arithmetic.parse(led)
     except UserError as error:
         said = str(error).replace(repr(led), repr(text))
-        raise UserError(f"{said}; a text with signs of its own stands in double quotes") from error
-    return [parse_term(one.text, one.weight) for one in terms]
+        raise QueryError(f"{said}; a text with signs of its own stands in double quotes") from error
+    return [Term("text", one.text, one.weight) if one.quoted else parse_term(one.text, one.weight) for one in terms]
 
 
 def is_sum(terms: Sequence[Term]) -> bool:
@@ -122,11 +126,11 @@ def describe(terms: Sequence[Term]) -> str:
 
 
 def combine(terms: Sequence[Term], rows: np.ndarray) -> np.ndarray:
-    """(D,) float32 unit row of the weighted sum of the terms' unit rows (T, D). UserError if nothing is left of it."""
+    """(D,) float32 unit row of the weighted sum of the terms' unit rows (T, D). QueryError if nothing is left of it."""
     if not terms:
-        raise UserError("the query has no terms; give a text, a picture, a key or a vector")
+        raise QueryError("the query has no terms; give a text, a picture, a key or a vector")
     total = np.array([term.weight for term in terms]) @ np.asarray(rows, dtype=np.float64)
     length = np.linalg.norm(total)
     if not length > LEAST * sum(abs(term.weight) for term in terms):
-        raise UserError(f"the terms of {describe(terms)} cancel out; nothing is left to look for")
+        raise QueryError(f"the terms of {describe(terms)} cancel out; nothing is left to look for")
     return (total / length).astype(np.float32)

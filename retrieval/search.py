@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_train.folder import Manifest
+from clip_train.folder import Manifest, read_manifest
 from clip_train.settings import UserError
 from clip_train.store import MetadataTable, read_vectors
 from retrieval.album import Album, media_type
 from retrieval.index import MODALITIES
 from retrieval.live import LiveIndex
-from retrieval.query import Term, combine
+from retrieval.query import QueryError, Term, combine
 from retrieval.where import Where, columns_of, parse
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BATCH = 64  # pictures encoded at a time
 LOOKED_AT = 10_000  # hits at most among which distinct ones are chosen, or 20 k
+BLOCK = 256  # rows that are compared with others at a time
 MASK_BYTES = 64_000_000  # of the answers of filters that are kept, a byte a row
 
 
@@ -52,10 +53,11 @@ class Searcher:
     """
 
     def __init__(self, index: LiveIndex, clip: Path | str | None, device: "str | torch.device") -> None:
-        self._view = _View(index)
+        self._view = View(index)
         self._given = clip
         self._device = device
         self._loading = threading.RLock()
+        self._refreshing = threading.Lock()  # of its own: questions go on while a folder is opened again
         self._encoding = threading.Lock()  # torch uses all cores for one batch, so two at once gain nothing
 
     @classmethod
@@ -75,6 +77,11 @@ class Searcher:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def view(self) -> "View":
+        """The state of the folder that is searched now. Who holds it sees that one state, whatever refresh() does."""
+        return self._view
 
     @property
     def index(self) -> LiveIndex:
@@ -105,12 +112,16 @@ class Searcher:
     def refresh(self) -> bool:
         """Open the folder again if rows were added to it, deleted or compacted since. Row numbers may mean others then.
 
-        Questions that are being answered go on with what they started with.
+        Questions that are being answered go on with what they started with. UserError: the folder is of another CLIP
+        now; what was open stays open.
         """
-        with self._loading:
+        with self._refreshing:
             if LiveIndex.state_of(self.folder) == self.index.state:
                 return False
-            self._view = _View(self.index.reopened())
+            self._check_clip(read_manifest(self.folder, "index"))  # before much is read in vain
+            index = self.index.reopened()
+            self._check_clip(index.manifest)
+            self._view = View(index)
             return True
 
     def text(
@@ -204,12 +215,11 @@ class Searcher:
 
     def picture_bytes(self, row: int) -> tuple[bytes, str] | None:
         """The picture file of a row as it is in its tar, and its media type; None as for picture_of()."""
-        file = self._view.album.file(row)
-        return None if file is None else (file, media_type(file))
+        return self._view.picture_bytes(row)
 
     def tar_of(self, row: int) -> str | None:
         """The name of the tar that holds a row's sample; None if the shards are gone."""
-        return self._view.album.tar(row)
+        return self._view.tar_of(row)
 
     @property
     def clip(self) -> "Clip":
@@ -237,24 +247,33 @@ class Searcher:
         curve = self.calibration
         return hits if curve is None else [replace(h, probability=float(curve.probability(h.score))) for h in hits]
 
+    def _check_clip(self, manifest: Manifest) -> None:
+        """CLIP and curve stay loaded over a refresh, so the folder must still be of the same one."""
+        ours, theirs = _made_with(self.manifest), _made_with(manifest)
+        if theirs != ours:
+            raise UserError(
+                f"{self.folder}/ is now of another CLIP ({theirs[:15]}, {manifest.result['dim']} wide; it was "
+                f"{ours[:15]}, {self.dim} wide); open it anew, as a server does when it is started again"
+            )
+
     def _check(self, modality: str, distinct: float | None) -> None:
         if modality not in MODALITIES:
-            raise UserError(f"modality {modality!r} must be one of: {', '.join(MODALITIES)}")
+            raise QueryError(f"modality {modality!r} must be one of: {', '.join(MODALITIES)}")
         if distinct is not None and not 0 < distinct <= 1:
-            raise UserError(f"distinct {distinct:g} is a cosine above 0 and at most 1, such as 0.95")
+            raise QueryError(f"distinct {distinct:g} is a cosine above 0 and at most 1, such as 0.95")
 
     def _unit(self, vectors: np.ndarray) -> np.ndarray:
         """(Q, D) float32 unit rows of vectors of any length but 0."""
         queries = np.array(vectors, dtype=np.float32, ndmin=2)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise UserError(f"the queries are {queries.shape}, but {self.folder}/ holds rows of width {self.dim}")
+            raise QueryError(f"the queries are {queries.shape}, but the index holds rows of width {self.dim}")
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         if not np.all(np.isfinite(lengths) & (lengths > 0)):
             wrong = int(np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))[0])
-            raise UserError(f"query {wrong} has length {lengths[wrong, 0]:.3g}, so it points nowhere")
+            raise QueryError(f"query {wrong} has length {lengths[wrong, 0]:.3g}, so it points nowhere")
         return queries / lengths
 
-    def _encoded(self, terms: Sequence[Term], view: "_View") -> np.ndarray:
+    def _encoded(self, terms: Sequence[Term], view: "View") -> np.ndarray:
         """(T, D) float32 unit rows of the terms, whatever their weights."""
         rows = np.empty((len(terms), self.dim), dtype=np.float32)
         of = {kind: [n for n, term in enumerate(terms) if term.kind == kind] for kind in ("text", "image", "key")}
@@ -263,7 +282,7 @@ class Searcher:
             at = view.index.rows_of(keys)
             if (at < 0).any():
                 gone = keys[int(np.flatnonzero(at < 0)[0])]
-                raise UserError(f"{self.folder}/ has no sample with the key {gone!r}; keys are in the hits of a search")
+                raise QueryError(f"the index has no sample with the key {gone!r}; keys are in the hits of a search")
             rows[of["key"]] = view.index.vectors(at)
         if of["image"]:
             pixels = [self._pixels(terms[n].value) for n in of["image"]]
@@ -279,7 +298,7 @@ class Searcher:
                 is_file = isinstance(term.value, str | os.PathLike)
                 vector = self._unit(read_vectors(term.value) if is_file else term.value)
                 if len(vector) != 1:
-                    raise UserError(f"a term is one vector, but {term.value} holds {len(vector)}")
+                    raise QueryError(f"a term is one vector, but {term.value} holds {len(vector)}")
                 rows[n] = vector[0]
         return rows
 
@@ -293,7 +312,7 @@ class Searcher:
 
     def _answers(
         self,
-        view: "_View",
+        view: "View",
         asked: np.ndarray,
         k: int,
         modality: str,
@@ -314,20 +333,21 @@ class Searcher:
         return [view.hits(scores, rows) for scores, rows in found]
 
     def _pixels(self, picture: "Path | str | bytes | Image.Image") -> "torch.Tensor":
-        from clip_train.pictures import PictureError, decode_picture, to_pixels
+        from clip_train.pictures import PictureError, decode_picture
 
         if isinstance(picture, str | os.PathLike):
             try:
                 data = Path(picture).read_bytes()
             except OSError as error:
-                raise UserError(f"{picture} cannot be read: {error.strerror}") from error
+                raise QueryError(f"{picture} cannot be read: {error.strerror}") from error
         else:
             data = picture
         try:
             image = decode_picture(data) if isinstance(data, bytes) else data.convert("RGB")
         except PictureError as error:
-            raise UserError(f"{picture if data is not picture else 'the picture'} cannot be read: {error}") from error
-        return to_pixels(image, self.clip.image_size)
+            name = picture if data is not picture else "the picture"
+            raise QueryError(f"{name} cannot be read: {error}") from error
+        return self.clip.to_pixels(image)
 
 
 def clip_of(manifest: Manifest, given: Path | str | None = None, device: "str | torch.device" = "cpu") -> "Clip":
@@ -348,7 +368,7 @@ def clip_of(manifest: Manifest, given: Path | str | None = None, device: "str | 
         raise UserError(
             f"{folder}/ was built from {dim}-wide embeddings, but {spec}/ makes {clip.embed_dim}-wide ones; {again}"
         )
-    made_with = manifest.inputs["clip"]["fingerprint"]
+    made_with = _made_with(manifest)
     if clip.fingerprint != made_with:
         raise UserError(
             f"{folder}/ was built with the CLIP {made_with[:15]}, but {spec}/ is {clip.fingerprint[:15]}; "
@@ -363,7 +383,12 @@ def calibration_of(manifest: Manifest, given: Path | str | None = None) -> "Cali
 
     spec = str(_clip_spec(manifest, given) or "").removeprefix("local-dir:")
     curve = load(spec) if spec else None
-    return curve if curve and curve.clip == manifest.inputs["clip"]["fingerprint"] else None
+    return curve if curve and curve.clip == _made_with(manifest) else None
+
+
+def _made_with(manifest: Manifest) -> str:
+    """The fingerprint of the CLIP that made the embeddings; equal ones make rows of equal width."""
+    return manifest.inputs["clip"]["fingerprint"]
 
 
 def _clip_spec(manifest: Manifest, given: Path | str | None) -> Path | str | None:
@@ -372,7 +397,7 @@ def _clip_spec(manifest: Manifest, given: Path | str | None) -> Path | str | Non
     return given or manifest.input_path("clip") or (recorded if ":" in recorded else None)
 
 
-class _View:
+class View:
     """One state of an index folder, and what was found out about it. A question sees one view from start to end."""
 
     def __init__(self, index: LiveIndex) -> None:
@@ -397,6 +422,15 @@ class _View:
                 del self._masks[next(iter(self._masks))]
         return mask
 
+    def picture_bytes(self, row: int) -> tuple[bytes, str] | None:
+        """The picture file of a row as it is in its tar, and its media type; None as for Searcher.picture_of()."""
+        file = self.album.file(row)
+        return None if file is None else (file, media_type(file))
+
+    def tar_of(self, row: int) -> str | None:
+        """The name of the tar that holds a row's sample; None if the shards are gone."""
+        return self.album.tar(row)
+
     def hits(self, scores: Sequence[float], rows: Sequence[int]) -> list[Hit]:
         hits = []
         for score, row in zip(scores, rows, strict=True):
@@ -418,23 +452,32 @@ class _View:
         while True:
             scores, rows = self.index.search(query, fetched, modality, allowed)
             scores, rows = scores[0][rows[0] >= 0], rows[0][rows[0] >= 0]
-            kept = _apart(self.index.vectors(rows, modality), cosine, k)
+            kept = apart(self.index.vectors(rows, modality), cosine, k)
             if len(kept) == k or len(rows) < fetched or fetched == most:
                 return scores[kept].tolist(), rows[kept].tolist()
             fetched = min(2 * fetched, most)
 
 
-def _apart(rows: np.ndarray, cosine: float, most: int) -> list[int]:
-    """Which unit rows (N, D) are at most at this cosine to all that were kept before them; the first `most` such."""
+def apart(rows: np.ndarray, cosine: float, most: int) -> list[int]:
+    """Which unit rows (N, D) are at most at this cosine to all that were kept before them; the first `most` such.
+
+    BLOCK rows are compared with one another and what is kept of them with all that follow, so memory stays small."""
     free = np.ones(len(rows), dtype=bool)
     kept: list[int] = []
-    for n in range(len(rows)):
-        if free[n]:
-            kept.append(n)
-            if len(kept) == most:
-                break
-            free[n + 1 :] &= rows[n + 1 :] @ rows[n] <= cosine
-    return kept
+    for low in range(0, len(rows), BLOCK):
+        block = low + np.flatnonzero(free[low : low + BLOCK])
+        alike = rows[block] @ rows[block].T > cosine
+        chosen: list[int] = []
+        for n in range(len(block)):
+            if not alike[n, chosen].any():
+                chosen.append(n)
+        kept += block[chosen].tolist()
+        if len(kept) >= most:
+            break
+        later = low + BLOCK + np.flatnonzero(free[low + BLOCK :])
+        for some in np.array_split(later, -(-len(later) // BLOCK)) if len(later) else ():
+            free[some] = ~(rows[some] @ rows[block[chosen]].T > cosine).any(axis=1)
+    return kept[:most]
 
 
 def _across(terms: Sequence[Term], modality: str) -> bool:

@@ -16,24 +16,33 @@ from retrieval.asked import Refused
 from retrieval.batcher import Batcher
 from retrieval.encoder import Encoder
 from retrieval.index import MODALITIES
-from retrieval.search import Searcher
+from retrieval.query import QueryError
+from retrieval.search import Searcher, apart
 from retrieval.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from retrieval.live import LiveIndex
+    from retrieval.search import View
 
 INLINE_BYTES = 200_000  # a picture file up to this size is sent as it is; a larger one is made smaller
 INLINE_SIDE = 512  # pixels
+TRIES = 3  # states of a folder that an answer is tried in
 SAME = 0.94  # cosine above which clip-retrieval takes two answers for the same picture
 log = logging.getLogger("unclip.serve")
 
 
 class Found(NamedTuple):
-    """What one query found, best first, and the state of the index it was found in."""
+    """What one query found, best first, and the state of the index it was found in: what else is said of the rows must
+    be of the same one, since row numbers mean something else after the folder has been compacted."""
 
-    live: "LiveIndex"
+    view: "View"
     scores: np.ndarray  # (k,) float32
     rows: np.ndarray  # (k,) int64
+
+    @property
+    def live(self) -> "LiveIndex":
+        """The index of that state."""
+        return self.view.index
 
 
 class ServedIndex:
@@ -95,21 +104,19 @@ class ServedIndex:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments))
 
     async def whole(self, work: Callable[[], Awaitable[Any]]) -> Any:
-        """The result of work(), all of one state of the index.
+        """The result of work(), which must take all that it says from one view of the searcher.
 
-        Row numbers mean something else after the folder has been compacted, and files may be gone that were there: work
-        that saw two states, or failed in an old one, is done again.
+        Files of an old state may be gone that were there: work that failed in one is done again in the new one.
         """
-        for _ in range(3):
-            live = self.searcher.index
+        for _ in range(TRIES):
+            view = self.searcher.view
             try:
-                result = await work()
+                return await work()
+            except QueryError:
+                raise
             except (UserError, OSError, LookupError):
-                if self.searcher.index is live and not await self.refresh():
+                if self.searcher.view is view and not await self.refresh():
                     raise
-                continue
-            if self.searcher.index is live:
-                return result
         raise Refused(503, f"the index {self.name} is being changed; try again", headers={"Retry-After": "1"})
 
     async def refresh(self) -> bool:
@@ -134,51 +141,48 @@ class ServedIndex:
             raise Refused(404, f"the index {self.name} has no row {row}")
         return live.table.row(row)
 
-    def provenance(self, live: "LiveIndex", row: int) -> dict[str, Any]:
+    def provenance(self, view: "View", row: int) -> dict[str, Any]:
         """Where a row comes from: fingerprints of the index, of its CLIP and embeddings, and the name of the tar."""
+        live = view.index
         part = int(np.searchsorted(live.starts, row, side="right")) - 1
         manifest = live.parts[part].manifest
         inputs = {name: given["fingerprint"] for name, given in manifest.inputs.items()}
         made = {"index": manifest.fingerprint, "created": manifest.created, "version": manifest.version}
-        return {**made, **inputs, "shard": self.searcher.tar_of(row)}
-
-    def inline(self, row: int) -> str | None:
-        """The row's picture in base64: its file if that is small, else made smaller; None if there is none."""
-        found = self.searcher.picture_bytes(row)
-        if found is None:
-            return None
-        data, _ = found
-        if len(data) > INLINE_BYTES:
-            small = thumbnail(data, INLINE_SIDE)
-            if small is None:
-                return None
-            data, _ = small
-        return base64.b64encode(data).decode()
+        return {**made, **inputs, "shard": view.tar_of(row)}
 
     def _find_all(self, asked: list[tuple[np.ndarray, int, str]]) -> list[Found]:
         """Queries for about as many answers of the same modality are one call."""
-        live, out = self.searcher.index, [None] * len(asked)
+        view, out = self.searcher.view, [None] * len(asked)
         groups: dict[tuple[str, int], list[int]] = {}
         for place, (_, k, modality) in enumerate(asked):
             groups.setdefault((modality, len(str(k))), []).append(place)
         for (modality, _), places in groups.items():
             queries, most = np.stack([asked[p][0] for p in places]), max(asked[p][1] for p in places)
-            scores, rows = live.search(queries, min(most, len(live)), modality)
+            scores, rows = view.index.search(queries, min(most, len(view.index)), modality)
             for place, some_scores, some_rows in zip(places, scores, rows, strict=True):
                 there = np.flatnonzero(some_rows >= 0)[: asked[place][1]]
-                out[place] = Found(live, some_scores[there], some_rows[there])
+                out[place] = Found(view, some_scores[there], some_rows[there])
         return out
 
 
 def without_copies(found: Found, modality: str, same: float = SAME) -> Found:
     """The answers without those that are copies of a better one, by the cosine of their embeddings."""
-    vectors = found.live.vectors(found.rows, modality)
-    alike = vectors @ vectors.T > same  # (k, k)
-    kept = np.ones(len(vectors), dtype=bool)
-    for place in range(len(vectors)):
-        if kept[place]:
-            kept[place + 1 :] &= ~alike[place, place + 1 :]
-    return Found(found.live, found.scores[kept], found.rows[kept])
+    kept = apart(found.live.vectors(found.rows, modality), same, len(found.rows))
+    return Found(found.view, found.scores[kept], found.rows[kept])
+
+
+def inline(view: "View", row: int) -> str | None:
+    """The row's picture in base64: its file if that is small, else made smaller; None if there is none."""
+    found = view.picture_bytes(row)
+    if found is None:
+        return None
+    data, _ = found
+    if len(data) > INLINE_BYTES:
+        small = thumbnail(data, INLINE_SIDE)
+        if small is None:
+            return None
+        data, _ = small
+    return base64.b64encode(data).decode()
 
 
 def thumbnail(data: bytes, side: int) -> tuple[bytes, str] | None:

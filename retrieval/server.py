@@ -4,14 +4,17 @@
     clip_api.py   openai_api.py   page_api.py      the routes, each over the Hall below
     hall.py       served.py  encoder.py  studio.py indexes, CLIPs and the generator, shared by all requests
     batcher.py    what concurrent requests ask for is done together
+    connection.py how long a client may take to ask
 
-The event loop only parses and passes on: models, indexes, tars and long bodies are worked on in threads.
+The event loop only parses and passes on: models, indexes, tars and long bodies are worked on in threads. What Python
+itself does there, such as parsing JSON, holds up everybody all the same, so bodies and answers are bounded.
 """
 
 import asyncio
 import contextlib
 import gc
-import ipaddress
+import logging
+import math
 import mimetypes
 import os
 import signal
@@ -33,8 +36,10 @@ except ImportError as error:
 
 from retrieval import clip_api, openai_api, page_api
 from retrieval.asked import Refused
+from retrieval.connection import Connection
 from retrieval.door import Door
 from retrieval.hall import Hall, ServeConfig
+from retrieval.query import QueryError
 from retrieval.search import Searcher
 from retrieval.studio import open_generator
 from retrieval.telemetry import Telemetry
@@ -48,7 +53,8 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 SLOW = ("/api/generate", "/v1/embeddings", "/v1/images/generations", "/v1/images/variations", "/v1/images/edits")
-CONNECTIONS = 2048  # open at once; the next one gets a 503
+CONNECTIONS = 2048  # open at once; requests on further ones get uvicorn's 503
+log = logging.getLogger("unclip.serve")
 
 
 def create_app(
@@ -76,7 +82,7 @@ def create_app(
     for router in routers:
         app.include_router(router)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         return clip_api.answer({"status": "ok", "indexes": list(hall.indexes), "generator": hall.studio is not None})
 
@@ -92,9 +98,14 @@ def create_app(
     async def refused(request: Request, error: Refused) -> Response:
         return clip_api.answer(error.body, error.status, error.headers)
 
-    @app.exception_handler(UserError)
-    async def wrong(request: Request, error: UserError) -> Response:
+    @app.exception_handler(QueryError)
+    async def wrong(request: Request, error: QueryError) -> Response:
         return clip_api.answer(Refused(400, " ".join(str(error).split())).body, 400)
+
+    @app.exception_handler(UserError)
+    async def broken(request: Request, error: UserError) -> Response:  # about our folders, which clients need not know
+        log.error("a request was not answered: %s", error)
+        return clip_api.answer(Refused(500, "the server cannot answer this; its log says why").body, 500)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
@@ -106,7 +117,7 @@ def create_app(
         Door,
         telemetry=telemetry,
         loopback=config.loopback,
-        names=config.names,
+        names=[name.lower() for name in (*config.names, config.host)],
         token=config.token,
         origins=config.all_origins,
         free={"/healthz", *page},
@@ -150,14 +161,11 @@ def open_app(
 
 def listen(config: ServeConfig) -> socket.socket:
     """A socket that already listens, so that its port is known. UserError if the address cannot be had."""
-    try:
-        family = socket.AF_INET6 if ipaddress.ip_address(config.host).version == 6 else socket.AF_INET
-    except ValueError:
-        family = socket.AF_INET
+    family, host = config.address
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY on these only
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((config.host, config.port))
+        sock.bind((host, config.port))
         sock.listen(1024)
     except OSError as error:
         sock.close()
@@ -168,10 +176,12 @@ def listen(config: ServeConfig) -> socket.socket:
 def run(app: FastAPI, sock: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C: no new connections then, but requests that were begun are answered."""
     stop = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    seconds = round(app.state.hall.config.seconds)
+    config = app.state.hall.config
+    seconds = math.ceil(max(config.seconds, config.draw_seconds))
     gc.collect()
     gc.freeze()  # half a million objects of torch and its kin stay for ever; looking through them takes half a second
     how = {"log_level": "warning", "access_log": False, "server_header": False, "limit_concurrency": CONNECTIONS}
+    how |= {"http": Connection, "ws": "none"}  # without WebSockets, a request for one is answered as any other
     try:  # uvicorn raises the signal again once it has stopped; the one that does nothing makes that exit code 0
         uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=seconds, **how)).run(sockets=[sock])
     finally:

@@ -63,7 +63,8 @@ def wait_for(folder: Path) -> None:
     folder = Path(os.path.realpath(folder))
     new = successor_of(folder)
     for _ in range(100):
-        if folder.exists() or not (new / MANIFEST).is_file():
+        between = replaced_by(folder).exists()  # otherwise nobody exchanged anything: the user removed the folder
+        if folder.exists() or not between or not (new / MANIFEST).is_file():
             return
         with contextlib.suppress(UserError, OSError), locked(new):  # otherwise it is just being done
             if not folder.exists():

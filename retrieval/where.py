@@ -5,6 +5,8 @@ and the row is not chosen.
 """
 
 import difflib
+import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_train.settings import UserError
 from retrieval import grammar
 from retrieval.grammar import Node, nodes, place
+from retrieval.query import QueryError
 
 if TYPE_CHECKING:
     from clip_train.store import MetadataTable
@@ -23,6 +25,9 @@ LISTED = 40  # columns named in an error
 # the functions of pyarrow.compute
 COMPARISONS = {"==": "equal", "!=": "not_equal", "<": "less", "<=": "less_equal"}
 COMPARISONS |= {">": "greater", ">=": "greater_equal"}
+MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt}
+OPERATORS |= {"<=": operator.le, ">": operator.gt, ">=": operator.ge}
 ARITHMETIC = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
 
 
@@ -37,7 +42,7 @@ class Where:
     def mask(self, table: "MetadataTable") -> np.ndarray:
         """(rows,) bool: the rows for which it is true. Reads its own columns alone, part after part.
 
-        UserError: a column that is not there (the message lists those that are), or values of a kind that do not go
+        QueryError: a column that is not there (the message lists those that are), or values of a kind that do not go
         together, such as a text and a number.
         """
         chosen, there = [], set()
@@ -46,7 +51,7 @@ class Where:
             there |= set(part.column_names)
         for node in nodes(self.tree):
             if node.kind == "column" and node.value not in there:
-                raise UserError(
+                raise QueryError(
                     f"{self._at(node)} there is no column {node.value!r}{_like(node.value, columns_of(table))}"
                 )
         return np.concatenate(chosen) if chosen else np.zeros(0, dtype=bool)
@@ -58,7 +63,9 @@ class Where:
         try:
             kind, chosen = self._value(self.tree, part, rows)
             if kind not in ("boolean", "empty"):
-                raise UserError(f"{self._at(self.tree)} this is {_a(kind)}, not a condition: compare it with something")
+                raise QueryError(
+                    f"{self._at(self.tree)} this is {_a(kind)}, not a condition: compare it with something"
+                )
             if kind == "empty":
                 return np.zeros(rows, dtype=bool)
             if isinstance(chosen, pa.Scalar):
@@ -66,7 +73,7 @@ class Where:
             return np.asarray(pc.fill_null(chosen, False).to_numpy(zero_copy_only=False), dtype=bool)
         except (pa.ArrowException, OverflowError) as error:  # what the checks below did not foresee
             said = " ".join(str(error).split())[:200]
-            raise UserError(f"the filter {self.text[:200]!r} cannot be applied: {said}") from error
+            raise QueryError(f"the filter {self.text[:200]!r} cannot be applied: {said}") from error
 
     def _at(self, node: Node) -> str:
         return place(self.text, node.at)
@@ -113,7 +120,7 @@ class Where:
         if kind == "empty":
             return pa.scalar(None, pa.bool_()) if isinstance(values, pa.Scalar) else pa.nulls(rows, pa.bool_())
         if kind != "boolean":
-            raise UserError(f"{self._at(node)} this is {_a(kind)}, not a condition: compare it with something")
+            raise QueryError(f"{self._at(node)} this is {_a(kind)}, not a condition: compare it with something")
         return values
 
     def _number(self, node: Node, part: Any, rows: int) -> Any:
@@ -123,7 +130,7 @@ class Where:
 
         kind, values = self._value(node, part, rows)
         if kind not in ("number", "empty"):
-            raise UserError(f"{self._at(node)} this is {_a(kind)}; only numbers can be added or multiplied")
+            raise QueryError(f"{self._at(node)} this is {_a(kind)}; only numbers can be added or multiplied")
         return pc.cast(values, pa.float64(), safe=False)
 
     def _compared(self, node: Node, part: Any, rows: int) -> Any:
@@ -139,21 +146,43 @@ class Where:
         elif a == "text" and b == "date":
             a, one = "date", self._date(left)
         if a != b or a not in ("number", "text", "boolean", "date"):
-            raise UserError(f"{self._at(left)} {_a(a)} cannot be compared with {_a(b)}{_how(a, b)}")
-        if one.type != two.type and a == "number":  # of int64 and float64; arrow itself refuses large integers then
-            one, two = (pc.cast(values, pa.float64(), safe=False) for values in (one, two))
+            raise QueryError(f"{self._at(left)} {_a(a)} cannot be compared with {_a(b)}{_how(a, b)}")
+        if a == "number":
+            if left.kind == right.kind == "literal":
+                return pa.scalar(OPERATORS[node.kind](left.value, right.value))
+            if right.kind == "literal":
+                return _against(node.kind, one, right.value)
+            if left.kind == "literal":
+                return _against(MIRRORED[node.kind], two, left.value)
+            one, two = self._alike(node, one, two)
         return getattr(pc, COMPARISONS[node.kind])(one, two)
+
+    def _alike(self, node: Node, one: Any, two: Any) -> tuple[Any, Any]:
+        """Two columns of numbers as one type that holds both exactly."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.types as t
+
+        if one.type == two.type:
+            return one, two
+        common = pa.decimal128(20, 0) if t.is_integer(one.type) and t.is_integer(two.type) else pa.float64()
+        try:
+            return pc.cast(one, common), pc.cast(two, common)
+        except pa.ArrowInvalid as error:
+            raise QueryError(
+                f"{self._at(node)} whole numbers above 2**53 cannot be compared exactly with fractions"
+            ) from error
 
     def _date(self, node: Node) -> Any:
         import pyarrow as pa
 
         if node.kind != "literal":
-            raise UserError(f"{self._at(node)} a column of text cannot be compared with one of dates")
+            raise QueryError(f"{self._at(node)} a column of text cannot be compared with one of dates")
         try:
             when = datetime.fromisoformat(node.value)
             when = when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
         except (ValueError, OverflowError) as error:
-            raise UserError(f"{self._at(node)} {node.value!r} is no date; write it like '2026-01-31'") from error
+            raise QueryError(f"{self._at(node)} {node.value!r} is no date; write it like '2026-01-31'") from error
         return pa.scalar(when, pa.timestamp("us"))
 
     def _one_of(self, node: Node, part: Any, rows: int) -> Any:
@@ -166,11 +195,15 @@ class Where:
         for item in node.parts[1:]:
             of = "date" if kind == "date" and isinstance(item.value, str) else _literal(item.value)[0]
             if of != kind:
-                raise UserError(f"{self._at(item)} {_a(kind)} cannot be compared with {_a(of)}{_how(kind, of)}")
-        choices = [self._date(item) if kind == "date" else pa.scalar(item.value) for item in node.parts[1:]]
-        if kind == "number" and any(isinstance(item.value, float) for item in node.parts[1:]):
-            values = pc.cast(values, pa.float64(), safe=False)
-        choices = pa.array([pc.cast(one, values.type, safe=False).as_py() for one in choices], values.type)
+                raise QueryError(f"{self._at(item)} {_a(kind)} cannot be compared with {_a(of)}{_how(kind, of)}")
+        if kind == "date":
+            choices = [self._date(item).as_py() for item in node.parts[1:]]
+        elif kind == "number":  # a number that the column's type cannot hold is in no row
+            between = (_between(item.value, values.type) for item in node.parts[1:])
+            choices = [low for low, high in between if low == high]
+        else:
+            choices = [item.value for item in node.parts[1:]]
+        choices = pa.array(choices, values.type)
         return pc.if_else(pc.is_valid(values), pc.is_in(values, choices), pa.scalar(None, pa.bool_()))
 
     def _within(self, item: Node, whole: Node, part: Any, rows: int) -> Any:
@@ -185,16 +218,17 @@ class Where:
         if kind == "text" and of == "text":
             return pc.match_substring(values, item.value)
         if kind != "list":
-            raise UserError(f"{self._at(whole)} a {of} cannot be looked for in {_a(kind)}")
+            raise QueryError(f"{self._at(whole)} a {of} cannot be looked for in {_a(kind)}")
         values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
         inner, items = _plain(pc.list_flatten(values))
         chosen = np.zeros(rows, dtype=bool)
         if inner != "empty":
             if inner != of:
-                raise UserError(
+                raise QueryError(
                     f"{self._at(item)} a {of} cannot be looked for in a list whose items are each {_a(inner)}"
                 )
-            hits = np.asarray(pc.fill_null(pc.equal(items, scalar), False))
+            equal = _against("==", items, item.value) if of == "number" else pc.equal(items, scalar)
+            hits = np.asarray(pc.fill_null(equal, False))
             chosen[np.asarray(pc.list_parent_indices(values))[hits]] = True
         return pc.if_else(pc.is_valid(values), pa.array(chosen), pa.scalar(None, pa.bool_()))
 
@@ -209,7 +243,7 @@ class Where:
         if kind == "list" and node.kind == "contains":
             return "boolean", self._within(node.parts[1], node.parts[0], part, rows)
         if kind != "text":
-            raise UserError(f"{self._at(node.parts[0])} {node.kind}() is for texts, and this is {_a(kind)}")
+            raise QueryError(f"{self._at(node.parts[0])} {node.kind}() is for texts, and this is {_a(kind)}")
         if node.kind == "lower":
             return "text", pc.utf8_lower(values)
         pattern = node.parts[1].value
@@ -218,13 +252,13 @@ class Where:
                 return "boolean", pc.match_substring_regex(values, pattern)
             except pa.ArrowInvalid as error:
                 said = str(error).removeprefix("Invalid regular expression: ")[:200]
-                raise UserError(f"{self._at(node.parts[1])} this is no regular expression: {said}") from error
+                raise QueryError(f"{self._at(node.parts[1])} this is no regular expression: {said}") from error
         match = {"contains": pc.match_substring, "startswith": pc.starts_with, "endswith": pc.ends_with}
         return "boolean", match[node.kind](values, pattern)
 
 
 def parse(text: str) -> Where:
-    """The filter that a text says. UserError, with the place, if it is none; nothing else, whatever the text."""
+    """The filter that a text says. QueryError, with the place, if it is none; nothing else, whatever the text."""
     tree = grammar.parse(text)
     names = dict.fromkeys(node.value for node in nodes(tree) if node.kind == "column")
     return Where(text, tuple(names), tree)
@@ -262,7 +296,10 @@ def kind_of(type_: Any) -> str:
 
 
 def _plain(values: Any) -> tuple[str, Any]:
-    """An arrow column's kind, and its values in one type for each kind: int64 or float64, us timestamps in UTC."""
+    """An arrow column's kind, and its values in one type for each kind: int64, uint64 or float64, us timestamps in UTC.
+
+    Decimals are float64, too.
+    """
     import pyarrow as pa
     import pyarrow.types as t
 
@@ -270,8 +307,9 @@ def _plain(values: Any) -> tuple[str, Any]:
         values = values.cast(values.type.value_type)
     kind = kind_of(values.type)
     if kind == "number":
-        signed = t.is_signed_integer(values.type)
-        values = values.cast(pa.int64()) if signed else values.cast(pa.float64(), safe=False)
+        whole = t.is_integer(values.type) and values.type != pa.uint64()
+        if values.type != pa.uint64():
+            values = values.cast(pa.int64()) if whole else values.cast(pa.float64(), safe=False)
     elif kind == "date":
         if t.is_timestamp(values.type) and values.type.tz:
             values = values.cast(pa.timestamp("us", "UTC"), safe=False)
@@ -283,7 +321,39 @@ def _literal(value: Any) -> tuple[str, Any]:
     import pyarrow as pa
 
     kind = "boolean" if isinstance(value, bool) else "text" if isinstance(value, str) else "number"
-    return kind, pa.scalar(value)
+    return kind, pa.scalar(float(value) if kind == "number" else value)  # numbers are compared by _against()
+
+
+def _against(sign: str, values: Any, number: int | float) -> Any:
+    """values < number and so on, exactly, whatever the number: the values are not rounded, and neither is it.
+
+    values: int64, uint64 or float64. x < number is x < high, and x > number is x > low, with the values low and high
+    of the type that lie next to it; both are the number itself if the type holds it.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    low, high = _between(number, values.type)
+    if sign in ("==", "!=") and low != high or None in (low, high):
+        always = OPERATORS[sign](0, number)
+        return pc.if_else(pc.is_valid(values), pa.scalar(always), pa.scalar(None, pa.bool_()))
+    chosen = pa.scalar(high if sign in ("<", ">=") else low, values.type)
+    return getattr(pc, COMPARISONS[sign])(values, chosen)
+
+
+def _between(number: int | float, type_: Any) -> tuple[Any, Any]:
+    """The largest value of the type that is no more than a number, and the smallest that is no less; or None."""
+    import pyarrow.types as t
+
+    if t.is_floating(type_):
+        near = float(number)
+        if near == number:
+            return near, near
+        return (near, math.nextafter(near, math.inf)) if near < number else (math.nextafter(near, -math.inf), near)
+    least, most = (0, 2**64 - 1) if t.is_unsigned_integer(type_) else (-(2**63), 2**63 - 1)
+    if not least <= number <= most:
+        return (None, least) if number < least else (most, None)
+    return math.floor(number), math.ceil(number)
 
 
 def _parts(table: "MetadataTable", columns: tuple[str, ...]) -> Iterator[tuple[Any, int]]:

@@ -1,4 +1,5 @@
 import io
+import os
 
 import pytest
 import tiny
@@ -35,6 +36,14 @@ def test_tars_that_are_gone_have_no_pictures(world):
     assert album.file(0) == tiny.picture(0)  # its own tar is still there
     (world / "shards" / "000000.tar").unlink()
     assert album_of(world / "emb").file(0) is None
+
+
+def test_a_tar_that_was_written_anew_while_the_album_is_open_has_its_pictures(world):
+    album = album_of(world / "emb")
+    assert album.file(0) == tiny.picture(0)
+    tar = world / "shards" / "000000.tar"
+    os.utime(tar, ns=(1, 1))  # the same tar, copied here again
+    assert album.file(0) == tiny.picture(0) and album.file(1) == tiny.picture(1)
 
 
 def test_tars_of_other_samples_have_no_pictures(world):

@@ -3,7 +3,9 @@ import io
 import json
 
 import pytest
+from click.testing import CliRunner
 
+import cli
 from clip_train.settings import UserError
 from retrieval import answers
 from retrieval.query import questions
@@ -31,6 +33,22 @@ def test_csv_has_a_line_a_hit_and_a_column_for_everything_known():
     }
 
 
+def test_json_has_null_where_there_is_no_number():
+    hits = [[Hit(1, 0.5, 3, "k3", "", {"area": float("nan"), "deep": {"sizes": [1.5, float("inf")]}})]]
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is no json")}
+    (one,) = json.loads(answers.to_json(ASKED[:1], hits), **refuse)
+    assert one["hits"][0]["meta"] == {"area": None, "deep": {"sizes": [1.5, None]}}
+    (line,) = csv.DictReader(io.StringIO(answers.to_csv(ASKED[:1], hits)))
+    assert json.loads(line["deep"], **refuse) == {"sizes": [1.5, None]}
+
+
+def test_csv_keeps_metadata_that_is_named_like_a_column_of_its_own():
+    hits = [[Hit(1, 0.5, 3, "k3", "a fox", {"query": "found by", "rank": "mammal", "key": "K", "width": 7})]]
+    (line,) = csv.DictReader(io.StringIO(answers.to_csv(ASKED[:1], hits)))
+    assert (line["query"], line["rank"], line["key"], line["width"]) == ("fox", "1", "k3", "7")
+    assert (line["meta.query"], line["meta.rank"], line["meta.key"]) == ("found by", "mammal", "K")
+
+
 def test_a_table_has_a_column_of_probabilities_only_where_there_are_some():
     (head, rows), (other, none) = answers.tables(HITS)
     assert head == ("rank", "score", "match", "key", "caption") and rows[0] == (1, "0.500", "0.25", "k3", "a fox")
@@ -44,3 +62,24 @@ def test_answers_are_kept_as_the_name_of_the_file_says(tmp_path):
     assert (tmp_path / "hits.csv").read_text().startswith("query,rank,score")
     with pytest.raises(UserError, match="the name must end in .json or .csv"):
         answers.write(tmp_path / "hits.txt", ASKED, HITS)
+
+
+def test_a_name_that_no_answer_can_be_written_to_is_refused_before_the_search():
+    with pytest.raises(UserError, match=r"--out hits.xlsx: the name must end in .json or .csv"):
+        CliRunner().invoke(cli.cli, ["search", "x", "--out", "hits.xlsx", "--index", "no"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("2*4 board", "'2*4 board' is read as 2*\"4 board\"; --literal takes it as it stands"),
+        ('"2*4 board"', 'is read as "2*4 board";'),
+        ("key:s001", "'key:s001' is read as key:s001;"),
+        ("a - b", '\'a - b\' is read as "a" - "b";'),
+        ("a red fox", ""),
+    ],
+)
+def test_a_query_that_is_not_taken_as_it_stands_is_said(typed, said):
+    result = CliRunner().invoke(cli.cli, ["search", typed, "--index", "no"])
+    assert isinstance(result.exception, UserError)  # there is no such index
+    assert said in result.stderr and ("read as" in result.stderr) == bool(said)

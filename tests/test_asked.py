@@ -18,11 +18,11 @@ class Request:
         return self._body
 
 
-def read(body):
+def read(body, **how):
     async def in_thread(function):
         return function()
 
-    return asyncio.run(Asked.read(Request(body), in_thread))
+    return asyncio.run(Asked.read(Request(body), in_thread, **how))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,35 @@ def test_a_body_that_is_no_json_object_is_refused_in_one_line(body, said):
         read(body)
     assert caught.value.status == 400 and "\n" not in str(caught.value)
     assert json.loads(json.dumps(caught.value.body))["error"]["message"] == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"a": [' + b"[]," * 300_000 + b"[]]}", b'{"a": ' + b"[" * 300_000, b'{"a": [' + b"1," * 300_000 + b"1]}"],
+)
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(body, monkeypatch):
+    monkeypatch.setattr("json.loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(Refused, match="the body holds more than 200000 values") as caught:
+        read(body, pictures=True)
+    assert caught.value.status == 413
+
+
+def test_only_bodies_that_may_hold_pictures_may_be_large():
+    body = json.dumps({"image": "A" * 300_000}).encode()
+    assert len(read(body, pictures=True).get("image", str)) == 300_000
+    with pytest.raises(Refused, match="the body has 300013 bytes; 256000 are the most here") as caught:
+        read(body)
+    assert caught.value.status == 413
+
+
+def test_numbers_of_thousands_of_digits_are_refused_and_not_repeated():
+    with pytest.raises(Refused, match="not JSON: a number of 4000 digits"):
+        read(b'{"k": ' + b"9" * 4000 + b"}")
+    assert read(b'{"k": -12345678901234567890}').get("k", int) == -12345678901234567890
+    for value in (int("9" * 99), "9" * 4000, 1e300):
+        with pytest.raises(Refused) as caught:
+            Asked({"k": value}).number("k", 1.0 if isinstance(value, float) else 1, 0, 9)
+        assert len(str(caught.value)) < 100
 
 
 def test_long_bodies_are_parsed_in_a_thread():

@@ -119,6 +119,28 @@ def test_an_item_whose_asker_went_away_is_not_worked_on():
     assert asyncio.run(ask()) == [1, 9] and work.batches == [[1], [3]]
 
 
+def test_an_item_whose_asker_went_away_leaves_the_queue_at_once():
+    gate = threading.Event()
+
+    async def ask():
+        square = batcher(Work(gate))
+        first = asyncio.create_task(square(1))
+        await asyncio.sleep(0.02)
+        gone, stays = asyncio.create_task(square(2)), asyncio.create_task(square(3))
+        await asyncio.sleep(0.02)
+        assert len(square) == 2 and [one.item for one in square.begun] == [1]
+        gone.cancel()
+        first.cancel()
+        await asyncio.sleep(0.02)
+        assert len(square) == 1 and [one.item for one in square.begun] == [1]  # the thread is still at it
+        gate.set()
+        assert await stays == 9
+        await asyncio.sleep(0.02)
+        assert len(square) == 0 and square.begun == []
+
+    asyncio.run(ask())
+
+
 def test_work_happens_outside_the_event_loop():
     def slow(items):
         time.sleep(0.2)

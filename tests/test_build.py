@@ -2,6 +2,7 @@ import os
 import sys
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import crew
 import faiss
@@ -178,6 +179,49 @@ def test_ray_that_is_not_installed_is_one_line(embeddings, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="needs Ray: pip install 'unclip.ray.'"):
         build(EmbeddingStore.open(embeddings), "image", Kind("SQ8", 30), tmp_path, workers=2, engine="ray")
+
+
+def test_what_a_user_can_mend_comes_out_of_a_task_of_ray_as_one_line(tmp_path, monkeypatch):
+    class RayTaskError(Exception):
+        cause = UserError("cannot write parts: No space left on device")
+
+    def get(_):
+        raise RayTaskError("ray::make_part() (pid=1) Traceback (most recent call last): ...")
+
+    remote = SimpleNamespace(remote=lambda part: part, options=lambda **_: remote)
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        remote=lambda work: remote,
+        wait=lambda waiting: (waiting[:1], waiting[1:]),
+        get=get,
+        exceptions=SimpleNamespace(RayError=RayTaskError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    part = module.Part(tmp_path, "image", KINDS[0], tmp_path, 0, 10)
+    with pytest.raises(UserError, match="^cannot write parts: No space left on device$"):
+        list(module.spread(module.make_part, [part, part], 2, "ray"))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["bfloat16", "float32"])
+def test_all_processes_compare_with_centres_in_the_precision_that_the_first_one_measured(
+    first, embeddings, tmp_path, monkeypatch
+):
+    store, kind, seen = EmbeddingStore.open(embeddings), Kind("SQ8", 30), set()
+    monkeypatch.setattr(module, "nearest", lambda *given: seen.add(given[1].dtype) or nearest(*given))
+    monkeypatch.setattr(module, "bfloat16_is_faster", lambda: first)
+    path = build(store, "image", kind, tmp_path)
+    for stage in (path, *tmp_path.glob("owners*.npy")):
+        stage.unlink()
+    monkeypatch.setattr(module, "bfloat16_is_faster", lambda: not first)  # another process, on a busier machine
+    build(store, "image", kind, tmp_path)
+    assert seen == {torch.bfloat16 if first else torch.float32}
+
+
+def test_a_file_that_cannot_be_written_is_said_without_the_lines_of_faiss(tmp_path):
+    with pytest.raises(UserError) as caught:
+        module.write_index(faiss.IndexFlatIP(4), tmp_path / "none" / "i.index")
+    assert str(caught.value).startswith(f"cannot write {tmp_path}/none/i.index: could not open ")
+    assert ".cpp" not in str(caught.value)
 
 
 BOTH = [Kind("SQ8", 60), Kind("PQ8x4", 60, "SQ8")]  # which one is the faster is not the same each time

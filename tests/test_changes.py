@@ -121,6 +121,22 @@ def test_a_deleted_key_may_be_added_again(copy):
     assert changes.add(copy / "index", copy / "over").added == 20
 
 
+def test_what_is_added_is_of_the_kind_that_the_base_was_asked_for(copy):
+    build_index(copy / "emb", copy / "flat", kind="flat")
+    changes.add(copy / "flat", copy / "more")
+    (segment,) = (copy / "flat" / "segments").iterdir()
+    assert read_manifest(segment).config["kind"] == "flat"
+
+
+def test_what_cannot_be_read_is_named_and_not_the_index(copy, monkeypatch):
+    def unreadable(folder):
+        raise PermissionError(13, "Permission denied", "more/metadata")
+
+    monkeypatch.setattr(EmbeddingStore, "open", unreadable)
+    with pytest.raises(UserError, match="^more/metadata: Permission denied$"):
+        changes.add(copy / "index", copy / "more")
+
+
 def test_embeddings_of_another_clip_are_refused(copy):
     path = copy / "more" / "manifest.json"
     path.write_text(path.read_text().replace("sha256:clip", "sha256:other"))
@@ -237,6 +253,27 @@ def test_compacting_without_the_embeddings_says_which_are_missing_and_takes_them
     changes.compact(copy / "index", embeddings=[copy / "over", copy / "moved"])
     live = LiveIndex.open(copy / "index")
     assert len(live) == 350 and live.sources()[1].input_path("embeddings") == copy / "moved"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [({"kind": "foo"}, "kind 'foo' must be one of"), ({"recall": 0}, "recall 0 must be"), ({"memory": "x"}, "memory")],
+)
+def test_compacting_for_what_build_index_refuses_is_refused(copy, wrong, told):
+    with pytest.raises(UserError, match=told):
+        changes.compact(copy / "index", **wrong)
+
+
+def test_a_compact_that_fails_leaves_nothing_beside_the_folder(copy, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("only a recall of 0.5 can be had")
+
+    changes.delete(copy / "index", keys(1))
+    monkeypatch.setattr(changes, "choose_and_build", fail)
+    with pytest.raises(UserError, match="only a recall"):
+        changes.compact(copy / "index")
+    assert sorted(p.name for p in copy.iterdir()) == ["emb", "index", "more", "over"]
+    assert len(LiveIndex.open(copy / "index")) == 299
 
 
 def test_an_empty_index_is_not_compacted(copy):

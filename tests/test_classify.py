@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -66,6 +67,18 @@ def test_embeddings_and_their_index_get_the_same_labels_in_blocks_of_any_size(wo
     classify(world / "index", tmp_path / "index.parquet", NAMES)
     for one, other in zip(rows_of(tmp_path / "emb.parquet"), rows_of(tmp_path / "index.parquet"), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    one, other = (pa.table({"key": [key] * 100}) for key in ("one", "other"))
+    with module.ParquetFile(tmp_path / "labels.parquet", {}) as slow:
+        slow.write(one)
+        with module.ParquetFile(tmp_path / "labels.parquet", {}) as quick:
+            quick.write(other)
+        assert pq.read_table(tmp_path / "labels.parquet").column("key").to_pylist() == ["other"] * 100
+        slow.write(one)
+    assert pq.read_table(tmp_path / "labels.parquet").column("key").to_pylist() == ["one"] * 200
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.parquet"]
 
 
 def test_a_filter_labels_a_part_of_the_set(world, tmp_path):

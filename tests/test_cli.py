@@ -154,3 +154,13 @@ def test_a_message_stands_on_a_line_of_its_own_below_a_bar_that_was_still_moving
     bars(1, 400)
     console.say("unclip: it broke")
     assert capsys.readouterr().err.endswith("\nunclip: it broke\n") and bars.bar is None
+
+
+def test_several_shards_are_one_set_in_every_command_that_takes_some(monkeypatch):
+    seen = []
+    monkeypatch.setattr("clip_train.embed.embed", lambda shards, *rest, **options: seen.append(shards))
+    assert CliRunner().invoke(cli.cli, ["embed", "--shards", "a", "--shards", "b", "--clip", "c"]).exit_code == 0
+    assert seen == ["a::b"]
+    for path, command in ALL.items():
+        for option in (p for p in command.params if p.name == "shards" and isinstance(p, click.Option)):
+            assert option.multiple, path

@@ -89,6 +89,32 @@ def test_more_copies_than_neighbours_are_asked_for_are_one_group(tmp_path, monke
     assert found.groups == 1 and len(found.dropped) == 199
 
 
+def test_of_many_copies_only_the_first_is_asked_for_ever_more_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup, "NEIGHBOURS", (4, 16, 64))
+    rows = tiny.unit_rows(300, DIM, 0)
+    rows[:200] = rows[0]
+    tiny.store(tmp_path / "emb", rows)
+    build_index(tmp_path / "emb", tmp_path / "index")
+    pairs = []
+    join = dedup._join
+    monkeypatch.setattr(dedup, "_join", lambda parent, i, j: (pairs.append(len(i)), join(parent, i, j)))
+    find_duplicates(tmp_path / "index")
+    assert 199 <= sum(pairs) < 200 * 16
+
+
+def test_what_hangs_together_by_pairs_has_one_root_and_it_is_the_lowest(monkeypatch):
+    monkeypatch.setattr(dedup, "PAIRS", 7)
+    rng = np.random.default_rng(0)
+    i, j = rng.integers(0, 200, (2, 120))
+    parent, label = np.arange(200), np.arange(200)
+    dedup._join(parent, i, j)
+    for _ in range(200):  # the lowest number spreads along the pairs
+        lowest = np.minimum(label[i], label[j])
+        np.minimum.at(label, i, lowest)
+        np.minimum.at(label, j, lowest)
+    np.testing.assert_array_equal(dedup._roots(parent, np.arange(200)), label)
+
+
 def test_an_approximate_index_is_checked_on_the_vectors_and_says_what_share_it_found(tmp_path):
     rng = np.random.default_rng(0)
     rows = np.repeat(tiny.unit_rows(60, DIM, 0), 100, axis=0) + 0.1 * rng.standard_normal((6000, DIM))

@@ -115,9 +115,12 @@ def test_a_name_that_was_pointed_at_the_loopback_is_refused(host):
         ((), True, b"https://evil.example", None),
         ((), True, b"null", None),
         ((), True, b"http://localhost.evil.example", None),
+        ((), True, b"http://[", None),
         (("https://front.example",), True, b"https://front.example", b"https://front.example"),
         (("https://front.example",), True, b"http://front.example", None),
-        (("https://front.example",), True, b"http://localhost:3000", None),
+        (("https://front.example",), True, b"http://localhost:3000", b"http://localhost:3000"),  # allowed all the same
+        (("https://front.example",), False, b"http://localhost:3000", None),
+        ((), False, b"https://any.example", None),
         (("*",), False, b"https://any.example", b"*"),
     ],
 )
@@ -129,6 +132,14 @@ def test_pages_from_elsewhere_may_use_the_server_only_if_their_origin_is_allowed
     preflight = [HERE, (b"origin", origin), (b"access-control-request-method", b"POST")]
     status, headers, _ = answer(app, headers=preflight, method="OPTIONS")
     assert status == (403 if allowed is None else 204)
+
+
+def test_a_page_and_a_request_that_both_have_no_name_have_no_name_in_common():
+    assert answer(door(loopback=False), headers=[(b"origin", b"null")])[0] == 403
+
+
+def test_a_name_in_capitals_is_the_same_name():
+    assert answer(door(names=("photos.example",)), headers=[(b"host", b"Photos.Example:80")])[0] == 200
 
 
 def test_a_preflight_needs_no_token_and_allows_what_it_asks_for():

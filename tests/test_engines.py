@@ -237,3 +237,16 @@ def test_ray_writes_what_one_process_writes_bit_for_bit(made, tmp_path):
     finally:
         ray.shutdown()
     assert files_of(tmp_path / "emb") == files_of(made / "emb")
+
+
+def test_the_local_engine_takes_no_notice_of_an_array_of_other_work(made, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    import cli
+
+    for name, value in {"ID": "3", "COUNT": "3", "MIN": "1", "MAX": "7"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    arguments = ["embed", "--shards", str(made / "shards"), "--clip", str(made / "clip"), "--batch-size", "2"]
+    arguments += ["--precision", "fp32", "--device", "cpu", "--engine", "local", "--out", str(tmp_path / "emb")]
+    assert CliRunner().invoke(cli.cli, arguments, catch_exceptions=False).exit_code == 0
+    assert len(EmbeddingStore.open(tmp_path / "emb")) == 19

@@ -173,3 +173,17 @@ def test_any_of_several_equal_rows_is_right():
     others = np.array([[r for r in range(4) if r not in found[0]]])
     scores = (rows[others[0]] @ rows[0])[None]
     assert exact.recall(others, scores, best) == 1.0
+
+
+def test_nothing_is_found_where_no_answer_is_asked_for(first_pass, rows):
+    for answer in (exact.search(rows, QUERIES, 0), exact.Matrix(rows).search(QUERIES, 0)):
+        assert answer[0].shape == answer[1].shape == (30, 0)
+
+
+def test_a_row_that_is_no_number_is_no_answer(first_pass, rows):
+    broken = rows.copy()
+    broken[[7, 600], 3] = np.nan
+    whole = np.delete(np.arange(1000), [7, 600])
+    found = whole[true_best(rows[whole], QUERIES, 4)[1]]
+    for answer in (exact.search(broken, QUERIES, 4), exact.Matrix(broken).search(QUERIES, 4)):
+        np.testing.assert_array_equal(answer[1], found)

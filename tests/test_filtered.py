@@ -119,3 +119,18 @@ def test_exact_kinds_are_searched_exactly_with_and_without_filter(made, rows, qu
         for _, allowed in masks():
             there = min(10, int(allowed.sum()))
             assert recall(index.search(queries, there, Mask(allowed))[1], queries, rows, allowed, there) > 0.99
+
+
+def test_a_few_queries_of_an_exact_kind_take_no_memory_and_the_first_batch_does(made, rows, queries, monkeypatch):
+    seen, plain = [], filtered.exact.Matrix
+    monkeypatch.setattr(filtered.exact, "Matrix", lambda rows: seen.append(rows) or plain(rows))
+    some = Mask(np.arange(N) % 5 > 0)  # too many to be compared one by one
+    for kind in ("Flat", "SQfp16"):
+        index = FilteredIndex(made[kind], None)
+        few = [index.search(queries[:4], 10, mask) for mask in (None, some)]
+        assert index.exact and not seen
+        many = [index.search(queries[:8], 10, mask) for mask in (None, some)]
+        assert len(seen) == 1 and seen.pop().shape == (N, DIM)
+        for (scores, found), (more, others) in zip(few, many, strict=True):
+            np.testing.assert_array_equal(found, others[:4])
+            np.testing.assert_allclose(scores, more[:4], atol=1e-6)

@@ -1,4 +1,5 @@
 import shutil
+import sys
 
 import faiss
 import numpy as np
@@ -13,7 +14,7 @@ from clip_train.store import EmbeddingStore
 from retrieval import build, tune
 from retrieval import index as module
 from retrieval.index import build_index, choose_and_build, load_index, parse_bytes
-from retrieval.kinds import Kind
+from retrieval.kinds import HEAD, NAMES, Kind
 
 DIM = 32
 
@@ -144,7 +145,7 @@ def test_of_kinds_that_reach_the_recall_the_fastest_is_taken(large, tmp_path, mo
 
 
 def test_half_the_memory_of_flat_is_enough_to_stay_exact_and_less_makes_it_approximate(large, tmp_path):
-    flat = 6000 * DIM * 4 * 2  # both indexes
+    flat = (6000 * DIM * 4 + HEAD) * 2  # both indexes
     assert build_index(large, tmp_path / "a", memory=flat).result["image"]["kind"] == "Flat"
     half = build_index(large, tmp_path / "b", memory=flat - 1).result["image"]
     assert half["kind"] == "SQfp16" and half["recall"] > 0.999
@@ -154,7 +155,7 @@ def test_half_the_memory_of_flat_is_enough_to_stay_exact_and_less_makes_it_appro
 
 
 def test_too_little_memory_for_the_recall_is_refused_with_what_would_do(large, tmp_path):
-    with pytest.raises(UserError, match="no index of this kind fits.* an exact index needs 768000 bytes"):
+    with pytest.raises(UserError, match="no index of this kind fits.* an exact index needs 768200 bytes"):
         build_index(large, tmp_path / "index", memory="10K")
     with pytest.raises(UserError, match=r"only a recall of 0\.9\d* can be had, but 0.9999 is asked for"):
         build_index(large, tmp_path / "index2", memory=int(0.48 * 6000 * DIM * 8), recall=0.9999)
@@ -209,9 +210,62 @@ def test_a_broken_row_that_opening_does_not_look_at_is_still_found(small, tmp_pa
         build_index(tmp_path / "emb", tmp_path / "index")
 
 
-def test_one_row_makes_an_index(tmp_path):
-    tiny.store(tmp_path / "emb", tiny.unit_rows(1, DIM))
-    assert build_index(tmp_path / "emb", tmp_path / "index").result["image"]["recall"] == 1.0
+def test_a_broken_caption_is_found_before_the_picture_index_is_built(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_train.store.SAMPLED_ROWS", 3)
+    shutil.copytree(small, tmp_path / "emb")
+    path = tmp_path / "emb" / "text_emb" / "text_emb_2.npy"
+    rows = np.load(path)
+    rows[33] = np.nan
+    np.save(path, rows)
+    monkeypatch.setattr(module, "choose_and_build", None)
+    with pytest.raises(UserError, match="the text embedding of part 2, row 33 has length nan"):
+        build_index(tmp_path / "emb", tmp_path / "index")
+
+
+def test_ray_that_is_missing_is_noticed_before_anything_is_done(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="needs Ray"):
+        build_index(small, tmp_path / "index", engine="ray")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_one_row_or_fewer_than_codes_make_an_index_of_every_kind(kind, tmp_path):
+    for n in (1, 15):
+        tiny.store(tmp_path / f"emb{n}", tiny.unit_rows(n, DIM))
+        made = build_index(tmp_path / f"emb{n}", tmp_path / f"index{n}", kind=kind).result["image"]
+        assert made["recall"] >= 0.95
+
+
+def test_an_index_that_turns_out_larger_than_the_memory_is_not_taken(large, tmp_path, monkeypatch):
+    store, lied = EmbeddingStore.open(large), Kind.bytes_per_row
+    monkeypatch.setattr(module, "tiers", lambda *_, **__: [[Kind("SQ8", 50)], [Kind("SQfp16")]])
+    monkeypatch.setattr(Kind, "bytes_per_row", lambda kind, *_: 1)
+    room = lied(Kind("SQ8", 50), 6000, DIM) * 6000 * 0.9
+    with pytest.raises(UserError, match="no index of this kind fits"):
+        choose_and_build(store, "image", tmp_path / "i.index", memory=int(room))
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_of_other_vectors_are_never_taken_for_these(small, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    store = EmbeddingStore.open(small)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tune, "tune", stop)
+        choose_and_build(store, "image", tmp_path / "i.index")
+    assert choose_and_build(store, "text", tmp_path / "i.index")["kind"] == "Flat"
+    rows = faiss.read_index(str(tmp_path / "i.index")).reconstruct_n(0, 300)
+    np.testing.assert_array_equal(rows, store.text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i.index"]
+
+
+def test_a_recall_that_cannot_be_had_is_said_without_a_memory_nobody_gave(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "tiers", lambda *_, **__: [[Kind("SQ4")]])
+    monkeypatch.setattr(module, "SLACK", 1.0)
+    with pytest.raises(UserError, match=r"^only a recall of 0\.\d+ can be had, but 1.0 is asked for: lower --recall$"):
+        choose_and_build(EmbeddingStore.open(small), "image", tmp_path / "i.index", recall=1.0)
 
 
 def test_the_manifest_leads_to_embeddings_clip_and_shards(small, tmp_path):

@@ -89,3 +89,17 @@ def test_every_kind_weighs_what_it_says_and_gives_back_rows_as_clip_retrieval_as
         assert np.all(np.diff(scores, axis=1) <= 0)
         near = np.einsum("qd,qd->q", vectors[:, 0], rows[found[:, 0]])  # what it says the best row is
         assert near.min() > (0.95 if kind.refine or kind.codes in ("Flat", "SQfp16", "SQ8") else 0.5)
+
+
+@pytest.mark.parametrize("kind", [Kind("PQ16x4", 525, "SQ8"), Kind("PQ16x4", 525, "SQ4"), Kind("RaBitQ", 525, "SQ4")])
+def test_lists_of_packed_codes_weigh_what_fills_up_their_blocks_too(kind, tmp_path):
+    if not available(kind, 64):
+        pytest.skip("this faiss does not make it")
+    path = build(Rows(tiny.unit_rows(10_500, 64)), "image", kind, tmp_path)
+    assert kind.bytes_per_row(10_500, 64) * 10_500 == pytest.approx(path.stat().st_size, rel=0.05)
+
+
+def test_codes_of_a_sub_vector_need_as_many_rows_to_be_learned_from():
+    few, some = ({kind.codes for tier in tiers(n, 512, "opq") for kind in tier} for n in (15, 16))
+    assert few == {"Flat", "SQfp16"} and some == few | {"PQ128x4"}
+    assert "PQ128" in {kind.codes for tier in tiers(256, 512, "opq") for kind in tier}

@@ -1,13 +1,14 @@
 import shutil
 
+import faiss
 import numpy as np
 import pytest
 import tiny
 
 from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore
-from retrieval import changes, tune
-from retrieval.index import build_index
+from retrieval import changes, live, tune
+from retrieval.index import build_index, load_index
 from retrieval.live import LiveIndex, State
 
 DIM = 32
@@ -78,6 +79,33 @@ def test_a_search_over_segments_deleted_rows_and_a_filter_is_that_of_brute_force
             may = live.live if allowed is None else live.live & allowed
             _, rows = live.search(queries, 10, modality, allowed)
             np.testing.assert_array_equal(rows, truth(copy, modality, queries, may, 10))
+
+
+def test_scores_of_short_codes_are_replaced_before_they_meet_those_of_another_part(copy, monkeypatch):
+    coarse = faiss.index_factory(DIM, "PQ4x4", faiss.METRIC_INNER_PRODUCT)
+    rows = EmbeddingStore.open(copy / "emb").image()
+    coarse.train(rows)
+    coarse.add(rows)
+    base = copy / "index"
+    monkeypatch.setattr(
+        live, "load_index", lambda path, modality: coarse if path == base else load_index(path, modality)
+    )
+    queries = tiny.unit_rows(20, DIM, 9)
+    scores, _ = LiveIndex.open(base).search(queries, 10)
+    np.testing.assert_array_equal(scores, coarse.search(queries, 10)[0])  # alone, it has its own scale
+
+    changes.add(base, copy / "more")
+    both = LiveIndex.open(base)
+    scores, found = both.search(queries, 10)
+    exact = np.einsum("qd,qkd->qk", queries, both.vectors(found.ravel()).reshape(20, 10, DIM))
+    np.testing.assert_allclose(scores, exact, atol=1e-5)
+    candidates = np.hstack([coarse.search(queries, 10)[1], truth(copy, "image", queries, np.arange(350) >= 300, 10)])
+    cosines = np.einsum("qd,qkd->qk", queries, both.vectors(candidates.ravel()).reshape(20, 20, DIM))
+    best = np.take_along_axis(candidates, np.argsort(-cosines, axis=1, kind="stable")[:, :10], axis=1)
+    np.testing.assert_array_equal(found, best)
+
+    shutil.rmtree(copy / "emb")
+    assert LiveIndex.open(base).search(queries, 10)[1].shape == (20, 10)
 
 
 def test_fewer_rows_than_asked_for_end_in_minus_one(copy):

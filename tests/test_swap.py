@@ -48,6 +48,7 @@ def test_a_folder_that_was_taken_away_in_the_middle_comes_back(tmp_path):
 def test_nobody_finishes_what_another_process_is_just_doing(tmp_path, monkeypatch):
     old = tmp_path / "index"
     new = folder(swap.successor_of(old), "new")
+    folder(swap.replaced_by(old), "old")
     waited = []
 
     def sleep(seconds):
@@ -59,6 +60,13 @@ def test_nobody_finishes_what_another_process_is_just_doing(tmp_path, monkeypatc
         monkeypatch.setattr(time, "sleep", sleep)
         swap.wait_for(old)
     assert len(waited) == 3 and (old / "what").read_text() == "new"
+
+
+def test_a_folder_that_was_removed_does_not_come_back_as_what_was_to_replace_it(tmp_path):
+    old = tmp_path / "index"
+    folder(swap.successor_of(old), "whole, but never put in the place")
+    swap.wait_for(old)
+    assert not old.exists()
 
 
 def test_a_folder_that_never_was_is_not_waited_for(tmp_path):

@@ -1,3 +1,5 @@
+import math
+import operator
 import random
 import string
 from datetime import UTC, datetime
@@ -7,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_train.settings import UserError
 from clip_train.store import MetadataTable
+from retrieval.query import QueryError
 from retrieval.where import columns_of, parse
 
 WIDTHS = [64, 512, None, 100, 2**53 + 1, 7]
@@ -94,6 +96,8 @@ def table(tmp_path_factory):
         ("1 == 1", [0, 1, 2, 3, 4, 5]),
         ("true and 1 > 2", []),
         ("width == 99999999999999999999999", []),
+        ("'MIT' == license in ['MIT', 'CC0']", [0, 3]),  # a chain, and a list at its end
+        ("18446744073709551615 == 18446744073709551614", []),
     ],
 )
 def test_a_filter_chooses_the_rows_that_it_says(table, text, rows):
@@ -141,6 +145,12 @@ def test_a_filter_chooses_what_pandas_query_chooses(tmp_path):
         ("3 in tags", "a number cannot be looked for in a list whose items are each a text"),
         ("license in 'MIT'", "'in' wants a list"),
         ("license in [width]", "a list holds texts, numbers, true or false"),
+        (
+            "license in ['MIT'] is null",
+            "character 20: a list ends a comparison: expected 'and', 'or' or the end, found",
+        ),
+        ("license in [] == 'x'", "character 15: a list ends a comparison"),
+        ("'a' == license in ['MIT'] not in ['x']", "character 27: a list ends a comparison"),
         ("license", "this is a text, not a condition"),
         ("width and license == 'MIT'", "character 1: this is a number, not a condition"),
         ("license + 1 > 2", "this is a text; only numbers can be added"),
@@ -165,7 +175,7 @@ def test_a_filter_chooses_what_pandas_query_chooses(tmp_path):
     ],
 )
 def test_a_filter_that_means_nothing_is_one_line_with_the_place(table, text, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(QueryError, match=said):
         parse(text).mask(table)
 
 
@@ -174,11 +184,12 @@ def test_a_long_chain_of_conditions_is_no_depth(table):
     assert np.flatnonzero(parse(text).mask(table)).tolist() == [0]
 
 
-def test_whatever_the_text_a_filter_is_an_answer_or_a_user_error(table):
+def test_whatever_the_text_a_filter_is_an_answer_or_a_query_error(table):
     rng = random.Random(0)
     columns = ["license", "width", "tags", "taken", "`a column`", "source.page", "score", "animated", "empty", "x"]
     values = ["'MIT'", '"fox"', "3", "-0.5", "1e400", "9" * 30, "true", "'2026-01-01'", "'\\''", "['a', 1]", "(1, 2)"]
     signs = ["==", "!=", "<", ">=", "in", "not in", "is", "is not", "+", "-", "*", "/", "and", "or", "&", "|", ","]
+    signs += ["in ['MIT']", "not in []", "in [1, 2.5]", "is null"]
     others = ["not ", "~", "(", ")", "[", "]", ".", ".contains('x')", ".lower()", ".isin(['a'])", ".matches('[')"]
     others += [".str", "null", "'", "`", "\\", "\0", "é", "\ud800", "lambda", "#", "=", " ", "\n"]
     whole = ["license == 'MIT'", "64 <= width < 100", "'fox' in tags", "animated", "score is null", "width / 2 > score"]
@@ -193,7 +204,10 @@ def test_whatever_the_text_a_filter_is_an_answer_or_a_user_error(table):
             return rng.choice([one, f"({one})", one[:at] + one[at + 1 :], one[:at] + rng.choice(letters) + one[at:]])
         if kind < 0.4:
             return f"{rng.choice(columns)} {rng.choice(signs)} {rng.choice([*values, *columns])}"
-        if kind < 0.7:
+        if kind < 0.5:  # a chain of comparisons
+            parts = [rng.choice([*columns, *values]) + f" {rng.choice(signs)} " for _ in range(rng.randint(2, 4))]
+            return "".join(parts) + rng.choice(["", *columns, *values])
+        if kind < 0.75:
             words = rng.choices([*columns, *values, *signs, *others], k=rng.randint(1, 12))
             return rng.choice([" ", ""]).join(words)
         return "".join(rng.choices(letters, k=rng.randint(0, 60)))
@@ -202,7 +216,7 @@ def test_whatever_the_text_a_filter_is_an_answer_or_a_user_error(table):
     for _ in range(8000):
         try:
             mask = parse(some()).mask(table)
-        except UserError as error:
+        except QueryError as error:
             assert str(error)
             continue
         assert mask.dtype == bool and mask.shape == (6,)
@@ -222,7 +236,7 @@ def test_a_column_of_two_kinds_is_told_of(tmp_path):
     pq.write_table(pa.table({"width": ["64px"]}), tmp_path / "1.parquet")
     table = MetadataTable(tmp_path)
     assert columns_of(table) == {"width": "number/text"}
-    with pytest.raises(UserError, match="a text cannot be compared with a number"):
+    with pytest.raises(QueryError, match="a text cannot be compared with a number"):
         parse("width > 3").mask(table)
 
 
@@ -253,8 +267,44 @@ def test_other_types_of_columns_are_read_as_their_kind(tmp_path):
         "'a' in many": [0],
     }.items():
         assert np.flatnonzero(parse(text).mask(table)).tolist() == rows, text
-    with pytest.raises(UserError, match="a value of some other type cannot be compared with a text"):
+    with pytest.raises(QueryError, match="a value of some other type cannot be compared with a text"):
         parse("raw == 'x'").mask(table)
+
+
+def test_large_numbers_are_compared_as_they_are_and_not_as_their_nearest_float(tmp_path):
+    columns = {
+        "i": ([-(2**63), -1, 0, 2**53, 2**53 + 1, 2**63 - 1, None], pa.int64()),
+        "u": ([0, 2**53 + 1, 2**63 + 5, 2**64 - 2, 2**64 - 1, 1, None], pa.uint64()),
+        "f": ([0.5, -1.0, 2.0**53, 2.0**63, 2.0**64, -math.inf, None], pa.float64()),
+    }
+    pq.write_table(pa.table({name: pa.array(*one) for name, one in columns.items()}), tmp_path / "0.parquet")
+    table = MetadataTable(tmp_path)
+    signs = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le}
+    signs |= {">": operator.gt, ">=": operator.ge}
+    numbers = [2**53 + 1, -(2**53) - 1, 2**63, 2**64 - 1, 2**64, 10**25, -(2**63) - 5, -(2**63), 0.5, -0.5, 9.5e18]
+    for sign, compare in signs.items():
+        for name, (values, _) in columns.items():
+            for number in numbers:
+                expected = [value is not None and compare(value, number) for value in values]  # Python's is exact
+                assert parse(f"{name} {sign} {number!r}").mask(table).tolist() == expected, (name, sign, number)
+                mirrored = [value is not None and compare(number, value) for value in values]
+                assert parse(f"{number!r} {sign} {name}").mask(table).tolist() == mirrored, (name, sign, number)
+        pairs = zip(columns["i"][0], columns["u"][0], strict=True)
+        both = [one is not None and compare(one, two) for one, two in pairs]
+        assert parse(f"i {sign} u").mask(table).tolist() == both
+    for name, (values, _) in columns.items():
+        for number in numbers:
+            expected = [value is not None and value in (number, 1.5, -1) for value in values]
+            assert parse(f"{name} in [{number!r}, 1.5, -1]").mask(table).tolist() == expected, (name, number)
+
+
+def test_a_comparison_of_columns_that_cannot_be_exact_is_refused(tmp_path):
+    pq.write_table(pa.table({"id": [2**53 + 1], "share": [0.5], "width": [7]}), tmp_path / "0.parquet")
+    table = MetadataTable(tmp_path)
+    assert parse("share < width / 2 and width > share").mask(table).tolist() == [True]
+    for text in ("id > share", "share != id", "width / 2 < id"):
+        with pytest.raises(QueryError, match=r"whole numbers above 2\*\*53 cannot be compared exactly with fractions"):
+            parse(text).mask(table)
 
 
 def test_filters_of_one_text_are_one():

@@ -95,7 +95,7 @@ function weigh(lasting) {
 
 function render() {
   const idle = Query.isEmpty(query);
-  if (query.words !== shownWords) find("words").value = shownWords = query.words; // else what is being written stays
+  if (query.words !== shownWords) write(query.words); // else what is being written stays
   if (!same(chips.shown, query.chips)) chips.show(query.chips, index().name);
   else chips.sync();
   find("compose").hidden = idle;
@@ -117,6 +117,11 @@ function render() {
   grid.mark(query.open);
   if (query.open === null) closed();
   else showDetails();
+}
+
+function write(words) {
+  shownWords = words;
+  find("words").value = Query.typed(words);
 }
 
 const same = (a, b) => a.length === b.length && a.every((chip, i) => chip === b[i]);
@@ -232,14 +237,14 @@ async function nameChips(here) {
 // ---- details ----
 
 function open(hit) {
-  if (query.open === hit.row) return;
-  commit({ open: hit.row }, query.open === null ? "push" : "replace");
-  grid.reveal(hit.row);
+  if (query.open && Query.isSame(query.open, hit)) return;
+  commit({ open: { row: hit.row, key: hit.key } }, query.open === null ? "push" : "replace");
+  grid.reveal(hit);
 }
 
 function showDetails() {
-  const known = details.row === query.open ? { ...details.hit, rank: null, score: null, probability: null } : {};
-  const hit = grid.hits[grid.at(query.open)] ?? { ...known, row: query.open };
+  const known = details.shows(query.open) ? { ...details.hit, rank: null, score: null, probability: null } : query.open;
+  const hit = grid.hits[grid.at(query.open)] ?? { ...known };
   details.show(index().name, hit, Boolean(studio), studio?.end(index().name));
 }
 
@@ -250,8 +255,8 @@ function close() {
 
 /** The details have gone: back to the tile that they were of. */
 function closed() {
-  if (details.row === null) return;
-  const at = grid.at(details.row);
+  if (details.hit === null) return;
+  const at = grid.at(details.hit);
   const inside = details.root.contains(document.activeElement) || document.activeElement === document.body;
   details.hide();
   if (inside && at >= 0) grid.focus(at);
@@ -301,20 +306,18 @@ function listen() {
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     const { words, chips: parts } = Query.parse(find("words").value);
-    find("words").value = shownWords = words;
+    write(words);
     const next = { words, chips: [...query.chips, ...parts], k: Query.PAGE, open: null };
     if (!words && !next.chips.length) find("words").focus();
     else if (words === query.words && !parts.length && query.open === null) search();
     else commit(next);
   });
   const idea = (weight) => {
-    const words = find("idea").value.trim().replace(/^[+\-−–]\s*/, (sign) => {
-      weight *= sign.startsWith("+") ? 1 : -1;
-      return "";
-    });
-    if (!words) return find("idea").focus();
+    const ideas = Query.terms(find("idea").value);
+    if (!ideas.length) return find("idea").focus();
     find("idea").value = "";
-    commit({ chips: [...query.chips, Query.chip("text", words, weight)], k: Query.PAGE });
+    const parts = ideas.map(([words, own]) => Query.chip("text", words, weight * own));
+    commit({ chips: [...query.chips, ...parts], k: Query.PAGE });
   };
   find("compose").addEventListener("submit", (event) => {
     event.preventDefault();

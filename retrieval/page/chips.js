@@ -35,7 +35,7 @@ export class Chips {
       this.#face(chip, index, name),
       element("label", { class: "unseen", for: `weight-${chip.id}` }, `Weight of ${name}`),
       element("input", {
-        type: "range", id: `weight-${chip.id}`, min: 0.1, max: WEIGHT, step: 0.1,
+        type: "range", id: `weight-${chip.id}`, min: 0.1, max: Math.max(WEIGHT, Math.abs(chip.weight)), step: 0.1,
         oninput: ({ target }) => {
           chip.weight = Math.sign(chip.weight) * Number(target.value);
           this.on.change(false);
@@ -64,7 +64,7 @@ export class Chips {
     const face = element("span", { class: "face" }, img, label);
     const row = this.known.get(chip.value)?.row;
     if (chip.kind === "image") img.src = brought.get(chip.value).url;
-    else if (row !== undefined && index) show(img, index, row, 256);
+    else if (row !== undefined && index) show(img, index, { row, key: chip.value }, 256);
     else img.remove();
     return face;
   }
@@ -78,5 +78,5 @@ function paint(item, chip) {
   sign.ariaLabel = added ? "Added; take it away instead" : "Taken away; add it instead";
   sign.title = added ? "Take it away instead" : "Add it instead";
   slider.value = Math.abs(chip.weight);
-  output.textContent = `×${Math.abs(chip.weight).toFixed(1)}`;
+  output.textContent = `×${Math.abs(chip.weight).toFixed(2).replace(/0$/, "")}`;
 }

@@ -4,6 +4,7 @@
 import { call, isAborted, tell } from "./api.js";
 import { element } from "./element.js";
 import { show } from "./pictures.js";
+import { isSame } from "./query.js";
 import { list } from "./record.js";
 import { long } from "./score.js";
 
@@ -13,7 +14,7 @@ export class Details {
   /** on: {close(), step(by), from(hit), add(hit, weight), vary(hit), edit(hit), mix(hit)}; the last three are used
    *  with a generator only. */
   constructor(root, on) {
-    Object.assign(this, { root, on, row: null, index: null, hit: null });
+    Object.assign(this, { root, on, index: null, hit: null }); // hit: of what is shown, null: nothing is
     root.addEventListener("cancel", (event) => {
       event.preventDefault();
       this.on.close();
@@ -26,15 +27,16 @@ export class Details {
   /** hit: {row, and what is known of it}; the rest is asked of the server. generator: whether pictures can be made.
    *  end: the hit that waits for the other end of a walk. */
   async show(index, hit, generator, end = null) {
-    const same = this.row === hit.row && this.index === index && this.root.open;
+    const same = this.shows(hit) && this.index === index && this.root.open;
     if (same && (this.hit.score ?? null) === (hit.score ?? null)) return;
-    Object.assign(this, { row: hit.row, index, hit });
+    Object.assign(this, { index, hit });
     this.#draw(hit, generator, end);
     if (!this.root.open) this.#open();
     if (!same) this.root.scrollTop = 0;
     const place = this.root.querySelector(".rest");
     try {
-      const details = await call(`api/details/${encodeURIComponent(index)}/${hit.row}`, { purpose: "details" });
+      const key = hit.key ? `?${new URLSearchParams({ key: hit.key })}` : "";
+      const details = await call(`api/details/${encodeURIComponent(index)}/${hit.row}${key}`, { purpose: "details" });
       if (!hit.key) {
         Object.assign(hit, { key: details.key, caption: details.caption });
         this.root.querySelector("h2").textContent = hit.caption || hit.key;
@@ -43,10 +45,15 @@ export class Details {
     } catch (error) {
       if (isAborted(error)) return;
       tell(place, error, () => {
-        this.row = null;
+        this.hit = null;
         this.show(index, hit, generator, end);
       });
     }
+  }
+
+  /** Whether it is this result {row, key} that is shown. */
+  shows(place) {
+    return this.hit !== null && isSame(this.hit, place);
   }
 
   /** A word about what was just done. */
@@ -55,7 +62,7 @@ export class Details {
   }
 
   hide() {
-    this.row = null;
+    this.hit = null;
     if (this.root.open) this.root.close();
   }
 
@@ -69,9 +76,9 @@ export class Details {
     const focused = this.root.contains(document.activeElement) && document.activeElement.dataset.act;
     const act = (name, label, run, title) =>
       element("button", { type: "button", data: { act: name }, onclick: run, title }, label);
-    const mix = end && end.row !== hit.row ? `Interpolate with ${quoted(end)}` : "Interpolate";
+    const mix = end && !isSame(end, hit) ? `Interpolate with ${quoted(end)}` : "Interpolate";
     const img = element("img", { alt: hit.caption || "", decoding: "async" });
-    show(img, this.index, hit.row, null);
+    show(img, this.index, hit, null);
     const parts = [
       element("div", { class: "bar" },
         act("previous", "‹", () => this.on.step(-1), "Previous result"),

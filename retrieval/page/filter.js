@@ -3,6 +3,7 @@
 import { element, find } from "./element.js";
 
 const PLAIN = /^[\p{L}_][\p{L}\p{N}_]*(\.[\p{L}_][\p{L}\p{N}_]*)*$/u; // a name that needs no backticks
+const WORD = /^(and|or|not|in|is|null|none|true|false)(\.|$)/i; // of the language: as a column it needs them
 const DULL = ["image_path", "caption", "key", "id"]; // differ in every row: no good examples
 // what is written for a column of a kind, and how far from its end one goes on writing
 const BEGINNINGS = {
@@ -11,6 +12,8 @@ const BEGINNINGS = {
   date: (name) => [`${name} >= ''`, 1],
   list: (name) => [`'' in ${name}`, name.length + 5],
 };
+
+const isPlain = (name) => PLAIN.test(name) && !WORD.test(name);
 
 export class Filter {
   /** apply(where): search with this expression; "" for none. */
@@ -61,7 +64,7 @@ export class Filter {
     find("columns").replaceChildren(...names.map(([name, type]) => element("button", {
       type: "button", title: `Put ${name} into the expression`, onclick: () => this.#put(name, String(type)),
     }, name, element("small", {}, String(type)))));
-    const usable = names.filter(([name]) => PLAIN.test(name) && !DULL.includes(name));
+    const usable = names.filter(([name]) => isPlain(name) && !DULL.includes(name));
     const first = (kind) => usable.find(([, type]) => type === kind)?.[0];
     const [text, number] = [first("text"), first("number")];
     const parts = [text && `${text} == '…'`, number && `${number} >= 64`].filter(Boolean);
@@ -74,7 +77,7 @@ export class Filter {
     const before = field.value.slice(0, field.selectionStart ?? field.value.length).trimEnd();
     const after = field.value.slice(field.selectionEnd ?? field.value.length).trimStart();
     const joint = !before || /(^|\s|\()(and|or|not|in)$|[(=<>,]$/.test(before) ? (before && " ") : " and ";
-    const name = PLAIN.test(column) ? column : `\`${column}\``;
+    const name = isPlain(column) ? column : `\`${column}\``;
     const [put, back] = Object.hasOwn(BEGINNINGS, type) ? BEGINNINGS[type](name) : [name, 0];
     field.value = `${before}${joint}${put}${after && ` ${after}`}`;
     const end = before.length + joint.length + put.length - back;

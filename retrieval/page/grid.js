@@ -3,6 +3,7 @@
 
 import { element } from "./element.js";
 import { thumbnail } from "./pictures.js";
+import { isSame } from "./query.js";
 import { long, short } from "./score.js";
 
 export class Grid {
@@ -26,17 +27,19 @@ export class Grid {
   }
 
   /** Mark the tile whose details are shown. */
-  mark(row) {
-    for (const [i, tile] of this.tiles.entries()) tile.ariaCurrent = this.hits[i].row === row ? "true" : null;
+  mark(place) {
+    const at = this.at(place);
+    for (const [i, tile] of this.tiles.entries()) tile.ariaCurrent = i === at ? "true" : null;
   }
 
-  /** Scroll as little as shows this row's tile. */
-  reveal(row) {
-    this.tiles[this.at(row)]?.scrollIntoView({ block: "nearest" });
+  /** Scroll as little as shows this result's tile. */
+  reveal(place) {
+    this.tiles[this.at(place)]?.scrollIntoView({ block: "nearest" });
   }
 
-  at(row) {
-    return this.hits.findIndex((hit) => hit.row === row);
+  /** Where a result {row, key} is; -1 if it is not among these, or null. */
+  at(place) {
+    return place ? this.hits.findIndex((hit) => isSame(hit, place)) : -1;
   }
 
   focus(i) {
@@ -44,12 +47,12 @@ export class Grid {
   }
 
   #common(hits) {
-    const differs = this.tiles.findIndex((_, i) => this.hits[i].row !== hits[i]?.row);
+    const differs = this.tiles.findIndex((_, i) => !hits[i] || !isSame(this.hits[i], hits[i]));
     return differs < 0 ? this.tiles.length : differs;
   }
 
   #tile(hit, index) {
-    const img = thumbnail(index, hit.row);
+    const img = thumbnail(index, hit);
     return element("button", {
       type: "button", class: "tile", tabIndex: -1, data: { row: hit.row },
       onclick: () => this.on.open(hit),

@@ -11,9 +11,10 @@ const READABLE = ["image/jpeg", "image/png", "image/webp"];
 /** Pictures that are part of queries: name -> {base64, url, label}. */
 export const brought = new Map();
 
-/** Show a row's picture in an <img>: small when it comes into view, or as it is stored (side null). */
-export function show(img, index, row, side = window.devicePixelRatio > 1.3 ? 512 : 256) {
-  const path = `api/picture/${encodeURIComponent(index)}/${row}${side ? `?side=${side}` : ""}`;
+/** Show a result's picture in an <img>: small when it comes into view, or as it is stored (side null). */
+export function show(img, index, { row, key }, side = window.devicePixelRatio > 1.3 ? 512 : 256) {
+  const how = new URLSearchParams({ ...(side ? { side } : {}), ...(key ? { key } : {}) });
+  const path = `api/picture/${encodeURIComponent(index)}/${row}?${how}`;
   img.onerror = () => {
     if (img.dataset.again) img.parentElement?.classList.add("gone");
     else setTimeout(() => again(img, path), AGAIN);
@@ -21,11 +22,11 @@ export function show(img, index, row, side = window.devicePixelRatio > 1.3 ? 512
   load(img, path);
 }
 
-/** An <img> of a row's picture in small, fetched when it comes near. */
-export function thumbnail(index, row) {
+/** An <img> of a result's picture in small, fetched when it comes near. */
+export function thumbnail(index, hit) {
   const how = { alt: "", loading: "lazy", decoding: "async", width: 256, height: 256, draggable: false };
   const img = element("img", how);
-  show(img, index, row);
+  show(img, index, hit);
   return img;
 }
 
@@ -72,9 +73,9 @@ export async function bring(file, most) {
   return keep(bytes, file.name || "picture");
 }
 
-/** Keep bytes (a Blob) for a query. */
+/** Keep bytes (a Blob) for a query, under a name that no picture had before: the tab's history outlives a reload. */
 export async function keep(bytes, label) {
-  const name = `p${brought.size + 1}`;
+  const name = crypto.getRandomValues(new Uint32Array(4)).join("-"); // randomUUID() is for https only
   brought.set(name, { base64: await toBase64(bytes), url: URL.createObjectURL(bytes), label });
   return name;
 }

@@ -2,11 +2,14 @@
 //
 // A chip is {id, kind, value, weight}: kind "text" (value: words), "key" (a sample's key) or "image" (the name under
 // which pictures.js keeps the picture). Chips of pictures have no place in the address; they live in the tab only.
+// The open result is {row, key}: a compaction of the index gives rows new numbers, a sample keeps its key.
 
 export const PAGE = 40; // results asked for at a time
 export const MOST = 1000;
 export const DISTINCT = 0.95; // cosine from which two results are near-duplicates
-export const WEIGHT = 2; // the largest
+export const WEIGHT = 2; // the end of a slider
+const HEAVIEST = 100; // that the server takes
+const TERM = /^(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?(?:"([^"]*)"|([^]+))$/; // weight, "quoted" or plain
 
 let made = 0;
 
@@ -18,17 +21,35 @@ export const empty = () => ({
 
 export const isEmpty = (query) => !query.words && !query.chips.length;
 
-/** "king - man + woman" -> its words and chips. Only signs with a space on both sides count; "in quotes" none does. */
-export function parse(typed) {
+/** Whether two results, or places of some, are the same sample. */
+export const isSame = (one, other) => (one.key && other.key ? one.key === other.key : one.row === other.row);
+
+/** "king - man + 0.5*woman" -> [["king", 1], ["man", -1], ["woman", 0.5]]: as parse_algebra() of retrieval/query.py
+ *  reads it (tests/test_page.py compares the two), but for key: and its like. Signs stand between spaces; what is
+ *  "in quotes" is taken as it is; an empty term is left out. */
+export function terms(typed) {
   const text = typed.trim();
-  if (/^".*"$/.test(text)) return { words: text.slice(1, -1).trim(), chips: [] };
-  const [words, ...rest] = ` ${text} `.split(/(\s[+\-−–](?=\s))/);
-  const chips = [];
-  for (let i = 0; i < rest.length; i += 2) {
-    const idea = rest[i + 1].trim();
-    if (idea) chips.push(chip("text", idea, rest[i].trim() === "+" ? 1 : -1));
-  }
-  return { words: words.trim(), chips };
+  const hidden = text.replace(/"[^"]*"/g, (quoted) => "\0".repeat(quoted.length));
+  const signs = [...hidden.matchAll(/(?:^|\s+)([+\-−])\s+/g)];
+  const starts = signs.map((match) => ({ at: match.index, from: match.index + match[0].length, sign: match[1] }));
+  if (starts[0]?.at !== 0) starts.unshift({ at: 0, from: 0, sign: "+" });
+  return starts.map(({ from, sign }, i) => {
+    const [, weight = 1, quoted, plain = ""] = TERM.exec(text.slice(from, starts[i + 1]?.at).trim()) ?? [];
+    return [(quoted ?? plain).trim(), Number(weight) * (sign === "+" ? 1 : -1)];
+  }).filter(([idea]) => idea);
+}
+
+/** What is typed -> {words, chips}: words that are added with the weight 1 come first, the rest are chips. */
+export function parse(typed) {
+  const ideas = terms(typed);
+  const words = ideas[0]?.[1] === 1 ? ideas.shift()[0] : "";
+  return { words, chips: ideas.map(([idea, weight]) => chip("text", idea, weight)) };
+}
+
+/** Words as one types them: in quotes if they would be read as something else without. */
+export function typed(words) {
+  const again = parse(words);
+  return again.words === words && !again.chips.length ? words : `"${words}"`;
 }
 
 /** The body of /api/search. pictures: name -> {base64}. */
@@ -53,7 +74,7 @@ export function toHash(query) {
   if (query.where) hash.append("where", query.where);
   if (query.distinct) hash.append("distinct", "1");
   if (query.k !== PAGE) hash.append("k", query.k);
-  if (query.open !== null) hash.append("row", query.open);
+  if (query.open) hash.append("row", query.open.key ? `${query.open.row}~${query.open.key}` : query.open.row);
   return hash.size ? `#${hash}` : "";
 }
 
@@ -65,13 +86,14 @@ export function fromHash(text) {
   query.words = hash.get("q") ?? "";
   for (const [kind, value] of hash) {
     const [, weight, rest] = (kind === "text" || kind === "key") && /^(-?\d+(?:\.\d+)?)~([^]+)$/.exec(value) || [];
-    if (rest) query.chips.push(chip(kind, rest, Math.max(-WEIGHT, Math.min(WEIGHT, Number(weight))) || 1));
+    if (rest) query.chips.push(chip(kind, rest, Math.max(-HEAVIEST, Math.min(HEAVIEST, Number(weight))) || 1));
   }
   query.index = hash.get("index");
   if (hash.get("by") === "text") query.by = "text";
   query.where = hash.get("where") ?? "";
   query.distinct = hash.has("distinct");
   query.k = Math.max(1, Math.min(MOST, whole("k") ?? PAGE));
-  query.open = whole("row");
+  const [, row, key] = /^(\d{1,15})(?:~([^]+))?$/.exec(hash.get("row") ?? "") ?? [];
+  if (row) query.open = { row: Number(row), key: key ?? null };
   return query;
 }

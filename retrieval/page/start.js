@@ -12,25 +12,28 @@ const WAYS = [
   ["Sums", "Add ideas and take others away: king −\u00a0man +\u00a0woman. Each part has a weight of its own."],
 ];
 const MAKE = ["New pictures", "Generate from words, vary a result, or walk from one result to another."];
+const REMAKE = ["New pictures", "Vary a result, or walk from one result to another."];
 
 /** Fill `root` for an index. ask(words): search for them. */
 export async function fill(root, index, generator, ask) {
+  const make = generator && (generator.prompts === false ? REMAKE : MAKE);
   root.replaceChildren(
     element("h2", {}, `Search ${count(index.rows)} pictures by what they show`),
-    element("dl", { class: "ways" }, [...WAYS, ...(generator ? [MAKE] : [])].map(([name, text]) =>
+    element("dl", { class: "ways" }, [...WAYS, make].filter(Boolean).map(([name, text]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, text)))),
   );
   const rows = new Set();
-  while (rows.size < Math.min(SAMPLES, index.rows)) rows.add(Math.floor(Math.random() * index.rows));
+  const all = index.numbers ?? index.rows; // those of deleted rows too: of them, nothing will be shown
+  while (rows.size < Math.min(SAMPLES, all)) rows.add(Math.floor(Math.random() * all));
   const asked = [...rows].map((row) => call(`api/details/${encodeURIComponent(index.name)}/${row}`));
   const found = (await Promise.allSettled(asked)).map(({ value }) => value).filter((sample) => sample?.caption);
   if (!found.length || root.dataset.index !== index.name) return;
   root.append(
     element("h3", {}, "Some of what is here, to begin with"),
-    element("ul", { class: "grid" }, found.map(({ row, caption }) => {
+    element("ul", { class: "grid" }, found.map(({ row, key, caption }) => {
       const act = { type: "button", class: "tile", title: "Search for these words", onclick: () => ask(caption) };
       return element("li", {}, element("button", act,
-        element("span", { class: "mat" }, thumbnail(index.name, row)),
+        element("span", { class: "mat" }, thumbnail(index.name, { row, key })),
         element("span", { class: "caption" }, caption)));
     })),
   );

@@ -3,6 +3,7 @@
 import { abort, call, isAborted, tell } from "./api.js";
 import { element } from "./element.js";
 import { show } from "./pictures.js";
+import { isSame } from "./query.js";
 import { Works } from "./works.js";
 
 const PURPOSE = "generate";
@@ -17,10 +18,12 @@ const MODES = {
 export class Studio {
   /** generator: of /api/info. use(picture name, fresh): search from a picture that was made, or add it to the query. */
   constructor(root, generator, use) {
-    Object.assign(this, { root, index: null, slots: [null, null], written: false });
+    const { generate, ...ofResults } = MODES; // words need a prior, which the server may not have
+    const possible = generator.prompts === false ? ofResults : MODES;
+    Object.assign(this, { root, possible, index: null, slots: [null, null], written: false });
     this.#build(generator);
     this.works = new Works(this.made, use);
-    this.#choose("generate");
+    this.#choose(Object.keys(this.possible)[0]);
   }
 
   /** The words of the query are the prompt, until another is written. */
@@ -39,7 +42,7 @@ export class Studio {
   take(mode, index, hit) {
     const end = mode === "interpolate" && this.end(index);
     this.index = index;
-    this.slots = end && end.row !== hit.row ? [end, hit] : [hit, null];
+    this.slots = end && !isSame(end, hit) ? [end, hit] : [hit, null];
     this.#choose(mode);
     if (mode === "interpolate" && !this.slots[1]) return false;
     this.root.hidden = false;
@@ -79,7 +82,7 @@ export class Studio {
 
   #request() {
     const { mode } = this;
-    const from = this.#needed().map(({ row }) => ({ index: this.index, row }));
+    const from = this.#needed().map(({ row, key }) => ({ index: this.index, row, key: key ?? null }));
     return {
       mode,
       prompt: mode === "generate" ? this.words.value.trim() : null,
@@ -139,7 +142,7 @@ export class Studio {
       return element("p", { class: "slot vacant quiet" }, text);
     }
     const img = element("img", { alt: "", width: 96, height: 96 });
-    show(img, this.index, hit.row, 256);
+    show(img, this.index, hit, 256);
     return element("figure", { class: "slot" },
       element("span", { class: "mat" }, img),
       element("figcaption", {}, hit.caption || hit.key || `row ${hit.row}`));
@@ -172,7 +175,7 @@ export class Studio {
     this.towards = writing({ id: "studio-towards", placeholder: "what it should become" });
     this.sources = element("div", { class: "sources" });
     this.modes = element("fieldset", { class: "segments" }, element("legend", { class: "unseen" }, "Make pictures of"),
-      Object.entries(MODES).map(([value, [label]]) => element("label", {},
+      Object.entries(this.possible).map(([value, [label]]) => element("label", {},
         element("input", { type: "radio", name: "mode", value, onchange: () => this.#choose(value) }),
         element("span", {}, label))));
     this.go = element("button", { class: "strong" }, "Generate");

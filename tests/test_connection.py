@@ -1,0 +1,66 @@
+import asyncio
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from retrieval import connection
+from retrieval.connection import Connection
+
+
+async def app(scope, receive, send):
+    """Answers after twice the time that a request may take to arrive."""
+    await asyncio.sleep(0.2)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def with_server(monkeypatch, talk):
+    """talk(reader, writer) with a server that gives a request 0.1 s to arrive."""
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.1)
+    config = uvicorn.Config(app, lifespan="off", ws="none", log_level="warning")
+    config.load()
+
+    async def run():
+        make = lambda: Connection(config=config, server_state=ServerState(), app_state={})  # noqa: E731
+        server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            await asyncio.wait_for(talk(reader, writer), 5)
+        finally:
+            writer.close()
+            server.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n"])
+def test_a_connection_that_asks_for_nothing_is_closed(monkeypatch, sent):
+    async def talk(reader, writer):
+        writer.write(sent)
+        assert await reader.read() == b""
+
+    with_server(monkeypatch, talk)
+
+
+def test_a_byte_now_and_then_gives_no_more_time(monkeypatch):
+    async def talk(reader, writer):
+        closed = asyncio.ensure_future(reader.read())
+        for _ in range(50):
+            if not closed.done():
+                writer.write(b"G")
+                await asyncio.sleep(0.02)
+        assert closed.done() and closed.result() == b""
+
+    with_server(monkeypatch, talk)
+
+
+def test_an_answer_may_take_longer_and_the_next_request_has_its_own_time(monkeypatch):
+    async def talk(reader, writer):
+        for _ in range(2):
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        writer.write(b"GET / HTTP/1.1\r\n")
+        assert await reader.read() == b""
+
+    with_server(monkeypatch, talk)
