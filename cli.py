@@ -7,6 +7,8 @@ import click
 
 import clip_train.commands as clip_commands
 import diffusion.commands as diffusion_commands
+import diffusion.drawing_commands as drawing_commands
+import diffusion.evaluate_commands as evaluate_commands
 import retrieval.commands as retrieval_commands
 from clip_train.console import CONTEXT, is_main, say
 
@@ -109,12 +111,12 @@ COMMANDS = {
         retrieval_commands.cluster,
         retrieval_commands.classify,
         retrieval_commands.serve,
-        diffusion_commands.generate,
+        drawing_commands.generate,
         diffusion_commands.quickstart,
     ],
     data: [clip_commands.data_check, clip_commands.data_bench],
     train: [clip_commands.train_clip, diffusion_commands.train_prior, diffusion_commands.train_decoder],
-    evaluate: [clip_commands.evaluate_clip, diffusion_commands.evaluate_prior, diffusion_commands.evaluate_loop],
+    evaluate: [clip_commands.evaluate_clip, evaluate_commands.evaluate_prior, evaluate_commands.evaluate_loop],
     retrieval_commands.index: [
         retrieval_commands.index_add,
         retrieval_commands.index_delete,

@@ -27,7 +27,7 @@ from diffusion.guidance import clamped, classifier_free
 from diffusion.prior import PriorDenoiser, sample_prior
 from diffusion.samplers import SAMPLERS, OnStep, SampleNoise, sample
 from diffusion.schedule import GRIDS
-from diffusion.train import load_decoder, load_prior
+from diffusion.trained import load_decoder, load_prior
 
 MAX_PIXELS = 64e6  # of a picture whose record is read
 CHUNK = "unclip"  # name of the PNG text chunk that holds the record

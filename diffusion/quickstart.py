@@ -22,10 +22,13 @@ from clip_train.folder import read_manifest, write_file
 from clip_train.settings import Progress, UserError
 from clip_train.sheet import contact_sheet, query_sheet, save_sheet
 from clip_train.store import EmbeddingStore
-from diffusion.evaluate import evaluate_loop, evaluate_prior, labels_of
+from diffusion.evaluate import evaluate_loop, labels_of
+from diffusion.evaluate_prior import evaluate_prior
 from diffusion.generate import Generator, Sampling, save_png
 from diffusion.report import write_report
-from diffusion.train import DECODER_PRESETS, PRIOR_PRESETS, load_prior, settings, train_decoder, train_prior
+from diffusion.train_decoder import DECODER_PRESETS, train_decoder
+from diffusion.train_prior import PRIOR_PRESETS, train_prior
+from diffusion.trained import load_prior, settings
 from retrieval.index import build_index
 from retrieval.search import Searcher
 

@@ -20,7 +20,7 @@ from clip_train.objective import ClipObjective
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["open_clip", "pytest", "diffusion.train", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+    ["open_clip", "pytest", "diffusion.train_prior", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 )
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from clip_train.settings import UserError, config_from_json, config_to_json
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, null_cond, picture_cond
 from diffusion.denoiser import denoising_loss
-from diffusion.train import DECODER_PRESETS
+from diffusion.train_decoder import DECODER_PRESETS
 
 SMALL = {
     "embed_dim": 8,

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip_train.model import Clip
-from diffusion.evaluate import chance, embed_pictures, evaluate_loop, evaluate_prior, round_trip
+from diffusion.evaluate import chance, embed_pictures, evaluate_loop, round_trip
+from diffusion.evaluate_prior import evaluate_prior
 from diffusion.generate import Generated
 from diffusion.prior import PriorConfig, PriorDenoiser
 from diffusion.ridge import ridge_regression

@@ -14,10 +14,13 @@ from clip_train.folder import read_manifest
 from clip_train.model import Clip
 from clip_train.settings import UserError
 from diffusion.decoder import DecoderConfig
-from diffusion.evaluate import evaluate_loop_folders, evaluate_prior_folder
+from diffusion.evaluate import evaluate_loop_folders
+from diffusion.evaluate_prior import evaluate_prior_folder
 from diffusion.generate import Generator, Sampling, read_captions, read_provenance, save_png
 from diffusion.prior import PriorConfig
-from diffusion.train import DECODER_PRESETS, PRIOR_PRESETS, load_decoder, settings, train_decoder, train_prior
+from diffusion.train_decoder import DECODER_PRESETS, train_decoder
+from diffusion.train_prior import PRIOR_PRESETS, train_prior
+from diffusion.trained import load_decoder, settings
 
 FEW = FitConfig(steps=3, batch_size=4, ema=0.5, precision="fp32")
 DECODER = DecoderConfig(
@@ -201,7 +204,7 @@ def test_the_decoder_is_shown_each_pictures_own_embedding(house, monkeypatch, tm
         seen.update(batch)
         return SimpleNamespace(steps=1, seconds=1.0, loss=1.0, averaged=None)
 
-    monkeypatch.setattr("diffusion.train.fit", fit_once)
+    monkeypatch.setattr("diffusion.train_decoder.fit", fit_once)
     train_decoder(house / "shards", house / "clip", tmp_path / "d", DECODER, FEW, device="cpu")
     from clip_train.pictures import Pictures
     from clip_train.shards import ShardSet

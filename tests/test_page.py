@@ -21,7 +21,8 @@ from clip_train.shards import write_shards
 from diffusion.decoder import DecoderConfig
 from diffusion.generate import Generator, read_provenance
 from diffusion.prior import PriorConfig
-from diffusion.train import train_decoder, train_prior
+from diffusion.train_decoder import train_decoder
+from diffusion.train_prior import train_prior
 from retrieval.index import build_index
 from retrieval.query import parse_algebra
 from retrieval.search import Searcher

@@ -7,8 +7,8 @@ from torch import nn
 from clip_train.fit import FitConfig
 from clip_train.settings import UserError
 from diffusion.denoiser import denoising_loss
+from diffusion.pairs import Pairs, shuffled
 from diffusion.prior import PriorConfig, PriorDenoiser, null_cond, sample_prior, text_cond
-from diffusion.train import Pairs, shuffled
 
 D = 16
 

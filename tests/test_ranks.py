@@ -16,7 +16,8 @@ from clip_train.loss import contrastive_loss, distillation_loss, same_caption, s
 from clip_train.model import Clip
 from clip_train.settings import UserError
 from diffusion.prior import PriorConfig
-from diffusion.train import load_prior, train_prior
+from diffusion.train_prior import train_prior  # noqa
+from diffusion.trained import load_prior  # noqa
 
 LOSSES = {
     "infonce": lambda p: contrastive_loss(p["image"], p["text"], p["scale"], same_caption(p["group"], p["caption"])),

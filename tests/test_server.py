@@ -34,7 +34,8 @@ from clip_train.store import EmbeddingStore
 from diffusion.decoder import DecoderConfig
 from diffusion.generate import Generator, read_provenance
 from diffusion.prior import PriorConfig
-from diffusion.train import train_decoder, train_prior
+from diffusion.train_decoder import train_decoder
+from diffusion.train_prior import train_prior
 from retrieval import batcher, changes
 from retrieval import server as server_module
 from retrieval.asked import Refused
