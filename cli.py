@@ -6,9 +6,12 @@ import sys
 import click
 
 import clip_train.commands as clip_commands
+import diffusion.changing_commands as changing_commands
 import diffusion.commands as diffusion_commands
 import diffusion.drawing_commands as drawing_commands
+import diffusion.ema_commands as ema_commands
 import diffusion.evaluate_commands as evaluate_commands
+import diffusion.upsample_commands as upsample_commands
 import retrieval.commands as retrieval_commands
 from clip_train.console import CONTEXT, is_main, say
 
@@ -112,11 +115,36 @@ COMMANDS = {
         retrieval_commands.classify,
         retrieval_commands.serve,
         drawing_commands.generate,
+        drawing_commands.vary,
+        drawing_commands.interpolate,
+        changing_commands.edit,
+        drawing_commands.reconstruct,
+        changing_commands.img2img,
+        changing_commands.inpaint,
+        changing_commands.outpaint,
+        upsample_commands.enlarge,
+        ema_commands.ema,
         diffusion_commands.quickstart,
     ],
     data: [clip_commands.data_check, clip_commands.data_bench],
-    train: [clip_commands.train_clip, diffusion_commands.train_prior, diffusion_commands.train_decoder],
-    evaluate: [clip_commands.evaluate_clip, evaluate_commands.evaluate_prior, evaluate_commands.evaluate_loop],
+    train: [
+        clip_commands.train_clip,
+        diffusion_commands.train_prior,
+        diffusion_commands.train_decoder,
+        diffusion_commands.train_upsampler,
+        diffusion_commands.train_distilled,
+    ],
+    evaluate: [
+        clip_commands.evaluate_clip,
+        evaluate_commands.evaluate_prior,
+        evaluate_commands.evaluate_decoder,
+        evaluate_commands.evaluate_generation,
+        evaluate_commands.evaluate_loop,
+        evaluate_commands.evaluate_ablation,
+        evaluate_commands.evaluate_sweep,
+        evaluate_commands.evaluate_copies,
+        upsample_commands.evaluate_upsampler,
+    ],
     retrieval_commands.index: [
         retrieval_commands.index_add,
         retrieval_commands.index_delete,

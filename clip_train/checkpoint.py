@@ -75,11 +75,13 @@ class Training:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     averaged: dict[str, torch.Tensor] | None  # EMA of the weights
+    power: dict[str, torch.Tensor] | None = None  # averages for post-hoc EMA (ema.PowerAverages)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """name -> tensor, in place: model.NAME, averaged.NAME and optimizer.NAME.STATE for every parameter's NAME."""
         found = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         found |= {f"averaged.{name}": t for name, t in (self.averaged or {}).items()}
+        found |= {f"power.{name}": t for name, t in (self.power or {}).items()}
         for name, parameter in self.model.named_parameters():
             for key, t in self.optimizer.state.get(parameter, {}).items():
                 found[f"optimizer.{name}.{key}"] = t

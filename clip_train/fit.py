@@ -19,7 +19,7 @@ from torch import nn
 
 from clip_train import ranks
 from clip_train.checkpoint import Training, load_training, save_training
-from clip_train.ema import Average
+from clip_train.ema import Average, PowerAverages
 from clip_train.folder import write_file
 from clip_train.gradients import Batch, LossFunction, RowsLoss, make_gradients, unchanged_buffers
 from clip_train.parallel import KINDS, Team, is_sharded
@@ -48,6 +48,7 @@ class FitConfig:
     beta2: float = 0.98
     clip_norm: float = 1.0  # gradients are scaled down to this norm
     ema: float = 0.0  # decay of the averaged weights; 0: none
+    ema_snapshots: int = 0  # how often two averages are kept from which `unclip ema` makes any other later; 0: never
     accumulate: int = 1  # parts a batch is cut into, to fit the memory; CLIP still tells all of its pairs apart
     precision: str = "auto"  # fp32, bf16, fp16 (CUDA only), or auto: bf16 where the hardware multiplies it
     parallel: str = "ddp"  # under torchrun: ddp, a copy of the model on each rank, or fsdp, a part of each weight
@@ -69,7 +70,8 @@ class FitConfig:
                 raise UserError(f"{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
         if self.seed >= 2**63:
             raise UserError(f"seed {self.seed} must be below 2^63")
-        for name in ("seed", "weight_decay", "min_lr", "warmup", "ema", "validate_every", "save_every"):
+        at_least_0 = "seed weight_decay min_lr warmup ema ema_snapshots validate_every save_every"
+        for name in at_least_0.split():
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 0")
         if self.log_every < 1:
@@ -121,7 +123,6 @@ def fit(
     groups = parameter_groups(team.model, config.weight_decay, lr_scales)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     average = Average(team.model, config.ema) if config.ema else None
-    training = Training(team.model, optimizer, average.tensors if average else None)
 
     def gradients(batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         how = {"accumulate": config.accumulate, "precision": config.precision, "seed": config.seed}
@@ -129,6 +130,9 @@ def fit(
 
     if not config.steps:
         config = replace(config, steps=_steps_in_budget(team.model, gradients, batches, config, folder), minutes=0.0)
+    power = PowerAverages(team.model, config.steps, config.ema_snapshots) if config.ema_snapshots else None
+    averaged = average.tensors if average else None
+    training = Training(team.model, optimizer, averaged, power.tensors if power else None)
     step, seconds, kept = 0, 0.0, -1  # kept: step of the checkpoint
     if found := load_training(folder, training):
         step, seconds, kept = found["step"], found["seconds"], found["step"]
@@ -165,6 +169,8 @@ def fit(
             step += 1
             if average:
                 average.update(team.model, step)
+            if power:
+                power.update(team.model, step, folder)
 
             last = step == config.steps
             if finite and (step % config.log_every == 0 or last):
@@ -182,7 +188,7 @@ def fit(
 
     if step != kept:
         save()
-    averaged = team.finish(training.averaged)
+    averaged = team.finish(averaged)
     return FitResult(config.steps, time.monotonic() - started, log.recent_loss(), averaged)
 
 

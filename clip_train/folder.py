@@ -42,6 +42,7 @@ MAKERS = {
     "clusters": "unclip cluster",
     "prior": "unclip train prior",
     "decoder": "unclip train decoder",
+    "upsampler": "unclip train upsampler",
 }
 
 
@@ -259,7 +260,8 @@ class Workspace:
         leftovers = [self.path / "scratch", self.path / "plan.json", *self.path.glob("checkpoint*")]
         leftovers += self.path.rglob(".*")
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
-        aside = [*leftovers, self.path / "logs"]  # what trackers write stays, and is not what the folder is for
+        # what trackers and post-hoc averages are made of stays, and is not what the folder is for
+        aside = [*leftovers, self.path / "logs", self.path / "snapshots"]
         files = [p for p in files if not any(p == one or one in p.parents for one in aside)]
         for path in files:
             _flush(path)

@@ -9,7 +9,8 @@ from clip_train.settings import UserError
 from diffusion.schedule import DENSITIES
 
 Cond = dict[str, Tensor]
-KINDS = ("edm", "v", "x0", "eps")
+KINDS = ("edm", "v", "x0", "eps", "flow")
+WEIGHTINGS = ("even", "min_snr", "soft_min_snr")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Scaling:
         "v"    velocity of the variance-preserving process: "edm" with the sign turned (arXiv 2202.00512)
         "x0"   the clean sample itself
         "eps"  the noise
+        "flow" velocity of the rectified flow x_flow = (1 - time) x0 + time noise, time = sigma / (1 + sigma):
+               noise - x0, whatever sigma_data is (arXiv 2209.03003)
     sigma_data: std of a coordinate of x0.
     """
 
@@ -39,6 +42,8 @@ class Scaling:
             return 0.0, 1.0, into, noise_level
         if self.kind == "eps":
             return 1.0, -sigma, into, noise_level
+        if self.kind == "flow":
+            return 1 / (1 + sigma), -sigma / (1 + sigma), into, noise_level
         out = sigma * self.sigma_data / total
         return (self.sigma_data / total) ** 2, out if self.kind == "edm" else -out, into, noise_level
 
@@ -50,12 +55,69 @@ class Scaling:
         return 1 / (self.factors(sigma)[1] * torch.ones_like(sigma)) ** 2
 
 
-def refuse_unknown(what: str, predict: str, density: str) -> None:
-    """UserError if a config names a parametrisation or a density of noise levels that there is not."""
+def loss_weight(scaling: Scaling, sigma: Tensor, kind: str = "even", gamma: float = 5.0) -> Tensor:
+    """Weight of the squared error of the denoised sample at sigma, (B,) for sigma (B,): what denoising_loss takes.
+
+    "even"          Scaling.weight: the error of the raw output, the same size at every sigma
+    "min_snr"       the signal-to-noise ratio, but at most gamma: min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556,
+                    section 3.4). As the error is measured on the denoised sample, it is the same for every
+                    parametrisation: their min(SNR, gamma) / SNR for "eps" and / (SNR + 1) for "v" are this
+    "soft_min_snr"  SNR gamma / (SNR + gamma), without the corner (Crowson et al. 2024, arXiv 2401.11605, eq. 9, for
+                    gamma = 1); the sigmoid weight of arXiv 2410.19324 with gamma = exp(bias)
+    SNR = (sigma_data / sigma)^2; errors in units of sigma_data, so that the weight is that of unit-size data.
+    """
+    if kind == "even":
+        return scaling.weight(sigma)
+    snr = (scaling.sigma_data / sigma) ** 2
+    if kind == "min_snr":
+        return snr.clamp(max=gamma) / scaling.sigma_data**2
+    if kind == "soft_min_snr":
+        return gamma * snr / (snr + gamma) / scaling.sigma_data**2
+    raise ValueError(f"no loss weighting {kind!r}: take {', '.join(WEIGHTINGS)}")
+
+
+def raw_of(kind: str, x0: Tensor, noise: Tensor, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
+    """What a perfect network of that parametrisation puts out for x = x0 + sigma * noise: the target, in closed form.
+
+    x0, noise: (B, ...); sigma: of any shape that broadcasts with them. "v" with sigma_data 1 is
+    (noise - sigma x0) / sqrt(1 + sigma^2), the velocity of arXiv 2202.00512 (appendix D).
+    """
+    if kind in ("edm", "v"):
+        velocity = (sigma_data * noise - sigma / sigma_data * x0) / (sigma**2 + sigma_data**2).sqrt()
+        return velocity if kind == "v" else -velocity
+    targets = {"x0": lambda: x0, "eps": lambda: noise, "flow": lambda: noise - x0}
+    if kind not in targets:
+        raise ValueError(f"no parametrisation {kind!r}: take {', '.join(KINDS)}")
+    return targets[kind]()
+
+
+def clean_and_noise(kind: str, raw: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The x0 and the noise that a raw output stands for at x: raw_of undone. Shapes as there.
+
+    Each by its own closed form: (x - x0) / sigma would lose digits where sigma is small. That is left for "x0", which
+    says nothing else about the noise (and for "eps" the same of x0 at a large sigma).
+    """
+    skip, out, _, _ = Scaling(kind, sigma_data).factors(sigma)
+    x0 = skip * x + out * raw
+    if kind == "x0":
+        return x0, (x - raw) / sigma
+    if kind == "eps":
+        return x0, raw
+    if kind == "flow":
+        return x0, (x + raw) / (1 + sigma)
+    total = sigma**2 + sigma_data**2
+    share = sigma_data / total.sqrt()
+    return x0, sigma / total * x + (share if kind == "v" else -share) * raw
+
+
+def refuse_unknown(what: str, predict: str, density: str, weighting: str = "even") -> None:
+    """UserError if a config names a parametrisation, a density of noise levels or a loss weighting there is not."""
     if predict not in KINDS:
         raise UserError(f"{what}: no parametrisation {predict!r}: take {', '.join(KINDS)}")
     if density not in DENSITIES:
         raise UserError(f"{what}: no density {density!r}: take {', '.join(DENSITIES)}")
+    if weighting not in WEIGHTINGS:
+        raise UserError(f"{what}: no loss weighting {weighting!r}: take {', '.join(WEIGHTINGS)}")
 
 
 class Denoiser(nn.Module):
@@ -81,9 +143,9 @@ def denoising_loss(
 ) -> Tensor:
     """Mean weighted squared error of the denoised sample (EDM eq. 2 with lambda = weight).
 
-    x0, noise: (B, ...); sigma, weight: (B,), the weight usually Scaling.weight(sigma).
-    Returns: scalar; with that weight about 1 for a network that puts out 0 (sigma_data^2 for "x0"); what it falls to is
-    the share that cannot be known from x. Expect 0.1 to 0.3 for small pictures.
+    x0, noise: (B, ...); sigma, weight: (B,), the weight as loss_weight gives it.
+    Returns: scalar; with the even weight about 1 for a network that puts out 0 (sigma_data^2 for "x0", 1 + sigma_data^2
+    for "flow"); what it falls to is the share that cannot be known from x. Expect 0.1 to 0.3 for small pictures.
     """
     denoised = denoiser(x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise, sigma, cond)
     return (weight * (denoised - x0).square().flatten(1).mean(1)).mean()

@@ -1,4 +1,4 @@
-"""Does it work? The round trip: embedding -> picture -> embedding -> rank."""
+"""Does it work? The round trip, embedding -> picture -> embedding -> rank, and figures of pictures held out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_train import metrics
 from clip_train.folder import read_manifest
 from clip_train.model import Clip
-from clip_train.settings import Progress
+from clip_train.settings import Progress, UserError
 from clip_train.sheet import contact_sheet
 from clip_train.store import EmbeddingStore
+from diffusion.examine import Exam, Way, drawing, examine, open_generator, open_held
 from diffusion.generate import Generated, Generator, Sampling
+from diffusion.heldout import label_names
+from diffusion.judge import chance, round_trip
 from diffusion.trained import refuse_other_clip
 
 
@@ -36,10 +38,9 @@ def evaluate_loop(
     captions[i] describes the picture of rows[picked[i]]; rows (N, D): the embeddings of all pictures to be told apart.
     labels (N,): pictures with the label of the right one are right as well. Three ways to the picture: from the "true"
     image embedding, from the "prior"'s, and from the "text" embedding as it is.
-    Returns numbers (per way top1, top10, median_rank, cosine to the true row; under "chance" what luck gives) and what
-    each way made.
+    Returns numbers (per way top1, top10, median_rank, cosine to the true row, each with its interval; under "chance"
+    what luck gives) and what each way made.
     """
-    how = how or Sampling()
     picked = np.asarray(picked)
     ways = {"true": np.asarray(rows[picked], np.float32), "prior": None, "text": clip.encode_text(list(captions))}
     if generator.prior is None:
@@ -57,32 +58,6 @@ def evaluate_loop(
     return numbers, made
 
 
-def round_trip(
-    seen: np.ndarray, picked: np.ndarray, rows: np.ndarray, labels: Sequence | None = None
-) -> dict[str, float]:
-    """seen (Q, D): embeddings of generated pictures, meant to be those of rows[picked]."""
-    groups = np.arange(len(rows)) if labels is None else np.asarray(labels)
-    rank = metrics.ranks(seen, rows, groups[picked], groups)
-    return {
-        "top1": float((rank == 1).mean()),
-        "top10": float((rank <= 10).mean()),
-        "median_rank": float(np.median(rank)),
-        "cosine": float(metrics.paired_cosines(seen, rows[picked]).mean()),
-    }
-
-
-def chance(picked: np.ndarray, count: int, labels: Sequence | None = None) -> dict[str, float]:
-    """What pictures that have nothing to do with their embeddings would reach among `count` rows, on average."""
-    groups = np.arange(count) if labels is None else np.asarray(labels)
-    values, sizes = np.unique(groups, return_counts=True)
-    right = sizes[np.searchsorted(values, groups[picked])].tolist()
-    return {
-        "top1": float(np.mean([metrics.chance_recall(m, count, 1) for m in right])),
-        "top10": float(np.mean([metrics.chance_recall(m, count, 10) for m in right])),
-        "median_rank": float(np.median([metrics.chance_rank(m, count) for m in right])),
-    }
-
-
 def embed_pictures(clip: Clip, pictures: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
     """PIL pictures -> CLIP image embeddings (N, D), through the same transform as pictures from shards."""
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
@@ -96,35 +71,110 @@ def evaluate_loop_folders(
     decoder: Path | str,
     clip: Path | str | None = None,
     *,
+    among: Sequence[Path | str] = (),
+    fit: Path | str | None = None,
     count: int = 100,
     seed: int = 0,
     how: Sampling | None = None,
+    settings: Sequence[str] = (),
+    batch_size: int = 64,
     device: str | torch.device = "cpu",
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Any], Image.Image]:
-    """evaluate_loop on `count` rows of an embeddings folder, chosen by `seed`. Returns the numbers and a sheet."""
-    store = EmbeddingStore.open(embeddings)
-    generator = Generator.open(decoder, prior, clip, device=device)
-    refuse_other_clip(store, embeddings, read_manifest(decoder), decoder)
+    """evaluate_loop on `count` rows of an embeddings folder, chosen by `seed`. Returns the numbers and a sheet.
+
+    among: further embeddings folders whose pictures the right one must be told from as well, such as the training set.
+    fit: the embeddings that a baseline, named in the place of a prior folder, is fitted to. how: how to draw; by
+    default as the decoder does by itself, with KEY=VALUE `settings` on top.
+    """
+    store, *more = (EmbeddingStore.open(folder) for folder in (embeddings, *among))
+    generator = Generator.open(decoder, prior, clip, device=device, **({"embeddings": fit} if fit else {}))
+    made_by = read_manifest(decoder)
+    for folder, one in zip((embeddings, *among), (store, *more), strict=True):
+        refuse_other_clip(one, folder, made_by, decoder)
     picked = np.random.default_rng(seed).choice(len(store), min(count, len(store)), replace=False)
     captions = store.metadata["caption"].iloc[picked].tolist()
+    names = [name for one in (store, *more) for name in label_names(one)]
     numbers, made = evaluate_loop(
-        generator, generator.clip, captions, picked, store.image(), labels=labels_of(store), how=how,
+        generator,
+        generator.clip,
+        captions,
+        picked,
+        np.concatenate([one.image() for one in (store, *more)]),
+        labels=np.unique(names, return_inverse=True)[1],
+        how=how or drawing(generator, settings),
+        batch_size=batch_size,
         on_progress=on_progress,
-    )  # fmt: skip
+    )
     shown = [(caption, [made[way][i] for way in made]) for i, caption in enumerate(captions[:24])]
     pictures = [one.picture for _, row in shown for one in row]
     labels = [f"{way}: {caption}" for caption, row in shown for way, _ in zip(made, row, strict=True)]
     return numbers, contact_sheet(pictures, labels, columns=2 * len(made))
 
 
+def evaluate_decoder_folders(
+    decoder: Path | str,
+    clip: Path | str | None = None,
+    *,
+    embeddings: Path | str | None = None,
+    shards: str | None = None,
+    upsampler: Path | str | None = None,
+    settings: Sequence[str] = (),
+    exam: Exam | None = None,
+    keep: Path | str | None = None,
+    device: str | torch.device = "cpu",
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Any], dict[str, list[Image.Image]]]:
+    """The decoder alone: pictures from the true embeddings of pictures held out. Returns what examine() does."""
+    more = {"upsampler": upsampler} if upsampler else {}
+    generator = open_generator(decoder, None, clip, device=device, **more)
+    held = open_held(embeddings, shards, generator, on_progress)
+    return examine(
+        {"true": Way(generator, "true")}, held, drawing(generator, settings), exam, keep=keep, on_progress=on_progress
+    )
+
+
+def evaluate_generation_folders(
+    decoder: Path | str,
+    prior: Path | str,
+    clip: Path | str | None = None,
+    *,
+    embeddings: Path | str | None = None,
+    shards: str | None = None,
+    fit: Path | str | None = None,
+    upsampler: Path | str | None = None,
+    settings: Sequence[str] = (),
+    exam: Exam | None = None,
+    keep: Path | str | None = None,
+    device: str | torch.device = "cpu",
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Any], dict[str, list[Image.Image]]]:
+    """The whole of it: pictures from the captions of pictures held out, through a prior. Returns what examine() does.
+
+    prior: a folder, or a baseline's name (baselines.py), most of which are fitted to the folder `fit`.
+    """
+    more = {"upsampler": upsampler} if upsampler else {}
+    generator = open_generator(decoder, prior, clip, embeddings=fit, device=device, **more)
+    held = open_held(embeddings, shards, generator, on_progress)
+    return examine(
+        {"prior": Way(generator, "prior")}, held, drawing(generator, settings), exam, keep=keep, on_progress=on_progress
+    )
+
+
 def labels_of(store: EmbeddingStore) -> np.ndarray:
     """(N,) integers: rows of one label (of one caption, where there are no labels) are each other's right answers."""
-    table = store.metadata
-    names = table["caption"].astype(str)
-    if "label" in table:
-        names = table["label"].astype(str).where(table["label"].notna(), names)
-    return np.unique(names.str.lower(), return_inverse=True)[1]
+    return np.unique(label_names(store), return_inverse=True)[1]
+
+
+def exam_sheet(made: dict[str, list[Image.Image]], captions: Sequence[str], most: int = 24) -> Image.Image:
+    """The real picture and what each way drew in its place, side by side, of the first `most` rows."""
+    order = ["real", *(name for name in made if name != "real")]
+    count = min(most, len(captions))
+    if not count:
+        raise UserError("there are no pictures to show")
+    pictures = [made[name][i] for i in range(count) for name in order]
+    labels = [f"{name}: {captions[i]}" for i in range(count) for name in order]
+    return contact_sheet(pictures, labels, columns=len(order) * max(1, 8 // len(order)))
 
 
 def _part(on_progress: Progress | None, number: int, of: int, name: str) -> Progress | None:

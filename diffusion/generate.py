@@ -5,69 +5,39 @@ fingerprints. The record travels in the PNG, so a picture can be made again from
 """
 
 import base64
-import json
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
 from clip_train.fit import autocast, resolved_precision
 from clip_train.model import Clip
 from clip_train.settings import Progress, UserError, config_from_json, config_to_json
-from diffusion import decoder as decoder_side
+from diffusion.compiled import Compiled
+from diffusion.decoder import noised
 from diffusion.denoiser import Denoiser
-from diffusion.guidance import clamped, classifier_free
-from diffusion.prior import PriorDenoiser, sample_prior
-from diffusion.samplers import SAMPLERS, OnStep, SampleNoise, sample
-from diffusion.schedule import GRIDS
-from diffusion.trained import load_decoder, load_prior
+from diffusion.distill import few_sampling
+from diffusion.models import open_models
+from diffusion.provenance import short
+from diffusion.samplers import Denoise, OnStep, SampleNoise, sample
+from diffusion.sampling import Sampling
+from diffusion.steering import refuse_impossible, steered, target
 
-MAX_PIXELS = 64e6  # of a picture whose record is read
-CHUNK = "unclip"  # name of the PNG text chunk that holds the record
+if TYPE_CHECKING:
+    from diffusion.copies import CopyCheck
+    from diffusion.prior import Guess
+    from diffusion.upsample import UpsamplerDenoiser
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How pictures are drawn. Part of every picture's record."""
-
-    steps: int = 18  # of the decoder
-    sampler: str = "heun"  # heun, ddim, ddpm, euler
-    eta: float = 0.0  # of ddim: 0 deterministic, 1 as random as ddpm
-    guidance: float = 2.0  # of the decoder: 1 follows the embedding as trained, more overshoots
-    guidance_from: float = 0.0  # sigmas between which guidance acts
-    guidance_to: float = 1e9
-    clamp: float = 0.995  # share of a guess's values that must fit into [-1, 1]; 1 only cuts off, 0 does neither
-    prior_steps: int = 16  # 1: the mean of all embeddings that fit the text
-    prior_candidates: int = 2  # embeddings drawn for each text, of which the nearest to it is taken
-    prior_guidance: float = 1.0
-    grid: str = "karras"  # of the decoder's noise levels: karras, cosine
-    sigma_min: float = 0.01
-    sigma_max: float = 20.0
-    precision: str = "fp32"  # bf16, or auto, is about twice as fast; then a picture varies a little with the batch
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"no sampler {self.sampler!r}: take {', '.join(SAMPLERS)}")
-        if self.grid not in GRIDS:
-            raise UserError(f"no grid {self.grid!r}: take {', '.join(GRIDS)}")
-        if self.precision not in ("fp32", "bf16", "auto"):
-            raise UserError(f"precision {self.precision!r} must be fp32, bf16 or auto")
-        for name in ("steps", "prior_steps", "prior_candidates"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.guidance < 0 or self.prior_guidance < 0 or not 0 <= self.clamp <= 1 or not 0 <= self.eta <= 1:
-            raise UserError(
-                f"guidance {self.guidance} must be at least 0, eta {self.eta} and clamp {self.clamp} in [0, 1]"
-            )
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise UserError(f"sigma_min {self.sigma_min} must be above 0 and below sigma_max {self.sigma_max}")
+# Streams of a seed (SampleNoise) beside the decoder's, 1; the prior's are 0, 2, 4, ..., the upsampler's 3 and 5.
+IMAGE_NOISE, CANDIDATES = 1 << 20, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -81,20 +51,28 @@ class Generated:
 class Generator:
     """The trained models together. Open one with Generator.open(...), or hand it models that are in memory.
 
-    clip and prior are needed for captions only. fingerprints: of clip, prior and decoder, as their manifests have them.
+    clip and prior are needed for captions only, guide (a weaker decoder) for autoguidance; upsampler makes every
+    picture larger; copies looks for each one's nearest training picture. fingerprints: of all these by name, as their
+    manifests have them.
     """
 
     def __init__(
         self,
         clip: Clip | None,
-        prior: PriorDenoiser | None,
+        prior: "Guess | None",
         decoder: Denoiser,
         *,
+        guide: Denoiser | None = None,
+        upsampler: "UpsamplerDenoiser | None" = None,
+        copies: "CopyCheck | None" = None,
         device: torch.device | str = "cpu",
         fingerprints: dict[str, str] | None = None,
+        compile: bool = False,
     ):
-        self.clip, self.prior, self.decoder = clip, prior, decoder
+        self.clip, self.prior, self.decoder, self.guide = clip, prior, decoder, guide
+        self.upsampler, self.copies = upsampler, copies
         self.device, self.fingerprints = torch.device(device), fingerprints or {}
+        self.network = Compiled(decoder) if compile else decoder
 
     @classmethod
     def open(
@@ -103,35 +81,30 @@ class Generator:
         prior: Path | str | None = None,
         clip: Path | str | None = None,
         *,
+        guide: Path | str | None = None,
+        upsampler: Path | str | None = None,
+        embeddings: Path | str | None = None,
+        copies: Path | str | None = None,
         device: torch.device | str = "cpu",
+        compile: bool = False,
     ) -> "Generator":
         """Load the folders. clip: by default the one the decoder was trained with, where it was then, if needed.
 
-        UserError if prior, decoder and clip do not belong together.
+        prior: a folder, or the name of a baseline (baselines.py), most of which are fitted to the folder `embeddings`.
+        guide: the folder of a weaker decoder, for autoguidance. copies: the embeddings folder of the training pictures,
+        to look for the nearest of them. compile: let torch.compile translate the decoder at its
+        first batch, which takes a minute and pays for many pictures. UserError if they do not belong together.
         """
-        decoder_model, made = load_decoder(decoder, device)
-        fingerprints = {"decoder": made.fingerprint, "clip": made.inputs["clip"]["fingerprint"]}
-        prior_model = None
-        if prior is not None:
-            prior_model, prior_made = load_prior(prior, device)
-            fingerprints["prior"] = prior_made.fingerprint
-            if prior_made.inputs["clip"]["fingerprint"] != fingerprints["clip"]:
-                raise UserError(
-                    f"{prior}/ and {decoder}/ were trained with different CLIPs "
-                    f"({_short(prior_made.inputs['clip']['fingerprint'])} and {_short(fingerprints['clip'])}); "
-                    f"train one of them again with the other's"
-                )
-        wanted = prior is not None or clip is not None or decoder_model.config.text
-        folder = (clip or made.input_path("clip")) if wanted else None
-        if folder is None and wanted:
-            raise UserError(f"the CLIP that {decoder}/ was trained with is not where it was; say where: --clip")
-        clip_model = Clip.load(folder, device) if folder else None
-        if clip_model and clip_model.fingerprint != fingerprints["clip"]:
-            raise UserError(
-                f"{decoder}/ was trained with CLIP {_short(fingerprints['clip'])}, but {folder}/ is "
-                f"{_short(clip_model.fingerprint)}; pass the former with --clip, or train again: unclip train decoder"
-            )
-        return cls(clip_model, prior_model, decoder_model, device=device, fingerprints=fingerprints)
+        models = open_models(
+            decoder, prior, clip, guide=guide, upsampler=upsampler, embeddings=embeddings, copies=copies, device=device
+        )
+        return cls(**vars(models), device=device, compile=compile)
+
+    @property
+    def how(self) -> Sampling:
+        """How it draws where it is not told: a decoder distilled to few steps takes these, and needs no guidance."""
+        steps = getattr(self.decoder.network.config, "few_steps", 0)
+        return few_sampling(steps) if steps else Sampling()
 
     def from_captions(
         self,
@@ -145,9 +118,10 @@ class Generator:
     ) -> list[Generated]:
         """One picture per caption: text -> CLIP -> prior -> decoder. seeds: 0, 1, 2, ... by default.
 
-        on_step(step, denoised): the decoder's guess of the pictures, (B, 3, S, S) in [-1, 1], after each step.
+        on_step(step, denoised): the decoder's guess of the pictures, (B, 3, S, S) in [-1, 1], after each step of each
+        candidate.
         """
-        how = how or Sampling()
+        how, captions = how or self.how, list(captions)
         seeds = _seeds(seeds, len(captions))
         rows = self.image_embeddings(captions, seeds, how)
         records = [{"caption": caption} for caption in captions]
@@ -159,21 +133,33 @@ class Generator:
         seeds: Sequence[int] | None = None,
         how: Sampling | None = None,
         *,
+        captions: Sequence[str] | None = None,
         batch_size: int = 16,
         on_progress: Progress | None = None,
         on_step: OnStep = None,
     ) -> list[Generated]:
-        """One picture per CLIP image embedding, (N, D); they need not be unit rows. on_step: see from_captions."""
-        how = how or Sampling()
+        """One picture per CLIP image embedding, (N, D); they need not be unit rows. on_step: see from_captions.
+
+        captions: what a decoder with text tokens reads beside each embedding.
+        """
+        how, rows = how or self.how, self.rows(rows)
+        records = [{"embedding": base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()} for row in rows]
+        if captions is not None:
+            if len(captions) != len(rows):
+                raise UserError(f"{len(rows)} embeddings but {len(captions)} captions; give one each")
+            records = [record | {"caption": one} for record, one in zip(records, captions, strict=True)]
+        seeds = _seeds(seeds, len(rows))
+        return list(self._drawn(rows, captions, records, seeds, how, batch_size, on_progress, on_step))
+
+    def rows(self, rows: np.ndarray | Tensor) -> Tensor:
+        """Embeddings (N, D) of any length as unit rows on the CPU; UserError if the decoder cannot take them."""
         rows = rows.cpu().float() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, np.float32))
         wide = self.decoder.network.config.embed_dim
         if rows.ndim != 2 or rows.shape[1] != wide:
             raise UserError(f"embeddings must be (N, {wide}) for this decoder, not {tuple(rows.shape)}")
         if not rows.isfinite().all() or not rows.any(dim=1).all():
             raise UserError("embeddings must be finite and not all zero")
-        rows = F.normalize(rows, dim=-1)
-        records = [{"embedding": base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()} for row in rows]
-        return list(self._drawn(rows, None, records, _seeds(seeds, len(rows)), how, batch_size, on_progress, on_step))
+        return F.normalize(rows, dim=-1)
 
     @torch.no_grad()
     def image_embeddings(
@@ -182,43 +168,165 @@ class Generator:
         """What the prior makes of captions: unit rows (N, D) on the CPU."""
         if self.clip is None or self.prior is None:
             raise UserError("captions need a CLIP and a prior; pass --prior")
-        how = how or Sampling()
+        how = how or self.how
         seeds, out = _seeds(seeds, len(captions)), []
         for start in range(0, len(captions), 256):
-            some = slice(start, start + 256)
-            text = self.clip.encode_text(list(captions[some])).to(self.device)
+            some = list(captions[start : start + 256])
+            text = self.clip.encode_text(some).to(self.device)
             with autocast(how.precision, self.device):
-                rows = sample_prior(
-                    self.prior,
+                rows = self.prior.rows(
                     text,
-                    seeds[some],
+                    some,
+                    seeds[start : start + 256],
                     steps=how.prior_steps,
                     guidance=how.prior_guidance,
                     candidates=how.prior_candidates,
                 )
-            out.append(rows.cpu())
-        return torch.cat(out) if out else torch.zeros(0, self.prior.config.embed_dim)
+            out.append(rows.float().cpu())
+        return torch.cat(out) if out else torch.zeros(0, self.prior.embed_dim)
+
+    @torch.no_grad()
+    def denoise(self, rows: Tensor, captions: Sequence[str] | None = None, how: Sampling | None = None) -> Denoise:
+        """denoise(x, sigma) for unit rows (B, D): the decoder told what to draw, guided and clamped as `how` says.
+
+        captions: for a decoder with text tokens. What does not depend on x is computed once, here. With image_noise the
+        rows are to be noised already.
+        """
+        how = self._checked(how, captions)
+        with autocast(how.precision, self.device):
+            guided = steered(self, rows.to(self.device), captions, how)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            with torch.no_grad(), autocast(how.precision, self.device):
+                return guided(x, sigma)
+
+        return denoise
+
+    @torch.no_grad()
+    def walk(
+        self,
+        rows: Tensor,
+        captions: Sequence[str] | None,
+        seeds: Sequence[int],
+        how: Sampling | None = None,
+        *,
+        start: Tensor | None = None,
+        sigma: float | None = None,
+        around: Callable[[Denoise], Denoise] | None = None,
+        on_step: OnStep = None,
+    ) -> Tensor:
+        """Pictures x0 (B, 3, S, S) for unit rows (B, D), as one batch.
+
+        start: noisy pictures at noise level `sigma`, where the walk then begins, instead of pure noise at sigma_max.
+        around: puts something around the guided denoise, as inpainting does. on_step: called in each candidate's walk.
+        """
+        how = self._checked(how, captions)
+        seeds = _seeds(seeds, len(rows))
+        told = rows
+        if how.image_noise:
+            noise = SampleNoise(seeds, rows.shape[1:], rows.device, stream=IMAGE_NOISE)()
+            told = noised(rows, rows.new_full((len(rows),), how.image_noise), noise)
+        denoise = self.denoise(told, captions, how)
+        denoise = around(denoise) if around else denoise
+        sigmas, given = how.sigmas(sigma), {} if start is None else {"start": start.to(self.device)}
+
+        def drawn(stream: int) -> Tensor:
+            noise = SampleNoise(seeds, (3, self.size, self.size), self.device, stream=stream)
+            return sample(how.sampler, denoise, sigmas, noise, eta=how.eta, on_step=on_step, **given)
+
+        best = drawn(1)
+        if how.candidates == 1 or start is not None:  # from one start come pictures that are all alike
+            return best
+        wanted = target(self.clip, rows.to(self.device), captions).cpu()
+        nearness = (self.seen(_pictures(best)) * wanted).sum(1)
+        for number in range(1, how.candidates):
+            x0 = drawn(CANDIDATES + number)
+            its = (self.seen(_pictures(x0)) * wanted).sum(1)
+            better = its > nearness
+            nearness = torch.where(better, its, nearness)
+            best = torch.where(better.to(self.device)[:, None, None, None], x0, best)
+        return best
+
+    @torch.no_grad()
+    def finished(
+        self,
+        x0: Tensor,
+        records: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        how: Sampling | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> list[Generated]:
+        """Pictures x0 (B, 3, S, S) in [-1, 1] upsampled, if there is an upsampler, and with their records complete.
+
+        records: what each was made from: a "caption", or an "embedding" (base64 of D little-endian float32), or both.
+        rows (B, D): the embeddings, for the upsampler; by default they are found out from the records again.
+        """
+        how = self._checked(how)
+        if self.upsampler is not None:
+            from diffusion.upsample import enlarge
+
+            rows = self._rows_of(records, seeds, how) if rows is None else rows
+            with autocast(how.precision, self.device):
+                x0 = enlarge(
+                    self.upsampler, x0.to(self.device), rows.to(self.device), list(seeds), steps=how.upsample_steps,
+                    guidance=how.upsample_guidance,
+                )  # fmt: skip
+        pictures = _pictures(x0)
+        found = [{} for _ in pictures]
+        if self.copies is not None:
+            found = [{"nearest": near.to_json()} for near in self.copies.check(self.seen(pictures).numpy())]
+        return [
+            Generated(
+                picture,
+                {
+                    **record,
+                    "seed": int(seed),
+                    "sampling": config_to_json(how),
+                    "size": list(picture.size),
+                    "fingerprints": self._used(record, how),
+                    "version": metadata.version("unclip"),
+                    **copied,
+                },
+            )
+            for picture, record, seed, copied in zip(pictures, records, seeds, found, strict=True)
+        ]
 
     def regenerate(self, provenance: dict[str, Any]) -> Generated:
-        """The same picture again, from its record. UserError if other weights made it."""
+        """The same picture again, from its record. UserError if other weights made it, or it took another picture."""
         made_with = provenance.get("fingerprints")
         if not isinstance(made_with, dict) or not isinstance(provenance.get("caption", ""), str):
             raise UserError("the picture's record is damaged: it names no models")
         for name, fingerprint in made_with.items():
             if self.fingerprints.get(name) != fingerprint:
                 raise UserError(
-                    f"the picture was made with {name} {_short(fingerprint)}, but this one is "
-                    f"{_short(self.fingerprints.get(name, 'none'))}; pass the folder it was made with"
+                    f"the picture was made with {name} {short(fingerprint)}, but this one is "
+                    f"{short(self.fingerprints.get(name, 'none'))}; pass the folder it was made with"
                 )
+        generator = self
+        if self.upsampler is not None and "upsampler" not in made_with:
+            generator = copy.copy(self)
+            generator.upsampler = None
         try:
             how = config_from_json(Sampling, provenance["sampling"], "the picture's record")
-            seeds = [provenance["seed"]]
-            if "caption" in provenance:
-                return self.from_captions([provenance["caption"]], seeds, how)[0]
+            seeds, caption = [provenance["seed"]], provenance.get("caption")
+            if "embedding" not in provenance:
+                return generator.from_captions([provenance["caption"]], seeds, how)[0]
             row = np.frombuffer(base64.b64decode(provenance["embedding"]), "<f4")
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"the picture's record is damaged: {error}") from error
-        return self.from_embeddings(row[None], seeds, how)[0]
+        return generator.from_embeddings(row[None], seeds, how, captions=None if caption is None else [caption])[0]
+
+    @property
+    def size(self) -> int:
+        """Side of the decoder's pictures in pixels, before an upsampler."""
+        return self.decoder.network.config.image_size
+
+    def seen(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """What CLIP sees in finished pictures, through the transform that pictures from files go through: (B, D)."""
+        if self.clip is None:
+            raise UserError("to look at its pictures the generator needs the decoder's CLIP; say where: --clip")
+        return self.clip.encode_image(torch.stack([self.clip.to_pixels(picture) for picture in pictures]))
 
     def _drawn(
         self,
@@ -231,80 +339,46 @@ class Generator:
         on_progress: Progress | None,
         on_step: OnStep,
     ) -> Iterator[Generated]:
-        how = replace(how, precision=resolved_precision(how.precision, self.device))
         for start in range(0, len(rows), batch_size):
             some = slice(start, start + batch_size)
-            pixels = self._pixels(rows[some], captions[some] if captions else None, seeds[some], how, on_step)
-            for picture, record, seed in zip(pixels, records[some], seeds[some], strict=True):
-                known = {
-                    name: self.fingerprints[name]
-                    for name in ("clip", "prior", "decoder")
-                    if name in self.fingerprints and (name == "decoder" or "caption" in record)
-                }
-                yield Generated(
-                    Image.fromarray(picture),
-                    {
-                        **record,
-                        "seed": int(seed),
-                        "sampling": config_to_json(how),
-                        "size": list(picture.shape[1::-1]),
-                        "fingerprints": known,
-                        "version": metadata.version("unclip"),
-                    },
-                )
+            x0 = self.walk(rows[some], captions and captions[some], seeds[some], how, on_step=on_step)
+            yield from self.finished(x0, records[some], seeds[some], how, rows=rows[some])
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
 
-    @torch.no_grad()
-    def _pixels(
-        self, rows: Tensor, captions: Sequence[str] | None, seeds: Sequence[int], how: Sampling, on_step: OnStep
-    ) -> np.ndarray:
-        """(B, S, S, 3) uint8."""
-        config = self.decoder.network.config
-        text = self.clip.text_states(list(captions)) if captions and config.text and self.clip else ()
-        cond = decoder_side.picture_cond(rows.to(self.device), *text)
-        within = (how.guidance_from, how.guidance_to)
-        denoise = classifier_free(self.decoder, cond, decoder_side.null_cond(cond), how.guidance, within)
-        if how.clamp:
-            denoise = clamped(denoise, quantile=how.clamp if how.clamp < 1 else None)
-        noise = SampleNoise(seeds, (3, config.image_size, config.image_size), self.device, stream=1)
-        sigmas = GRIDS[how.grid](how.steps, how.sigma_min, how.sigma_max)
-        with autocast(how.precision, self.device):
-            x0 = sample(how.sampler, denoise, sigmas, noise, eta=how.eta, on_step=on_step)
-        return to_pixels(x0)
+    def _checked(self, how: Sampling | None, captions: Sequence[str] | None = ()) -> Sampling:
+        """how, or the default, its precision decided on; UserError if it asks for what is not there."""
+        how = how or self.how
+        refuse_impossible(self, how, captions)
+        return replace(how, precision=resolved_precision(how.precision, self.device))
+
+    def _rows_of(self, records: Sequence[dict[str, Any]], seeds: Sequence[int], how: Sampling) -> Tensor:
+        """The embeddings that records speak of, (B, D)."""
+        rows = []
+        for record, seed in zip(records, seeds, strict=True):
+            inside = record.get("embedding", record.get("task", {}).get("embedding"))
+            if inside is None:
+                rows.append(self.image_embeddings([record["caption"]], [seed], how)[0])
+            else:
+                rows.append(torch.from_numpy(np.frombuffer(base64.b64decode(inside), "<f4").copy()))
+        return torch.stack(rows)
+
+    def _used(self, record: dict[str, Any], how: Sampling) -> dict[str, str]:
+        """Fingerprints of the models that had a part in a picture."""
+        drawn = "caption" in record and "embedding" not in record
+        parts = {
+            "decoder": True,
+            "prior": drawn or how.negative,
+            "clip": "caption" in record or how.negative or how.clip_guidance or how.candidates > 1,
+            "guide": how.autoguidance != 1,
+            "upsampler": self.upsampler is not None,
+        }
+        return {name: self.fingerprints[name] for name, used in parts.items() if used and name in self.fingerprints}
 
 
 def to_pixels(x0: Tensor) -> np.ndarray:
     """Pictures (B, 3, S, S) in [-1, 1] as (B, S, S, 3) uint8."""
     return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_png(picture: Image.Image, path: Path | str, provenance: dict[str, Any]) -> None:
-    """Write a PNG with its record: as json under "unclip", and as the "parameters" line that picture viewers show."""
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt(CHUNK, json.dumps(provenance, ensure_ascii=False))
-    chunks.add_itxt("parameters", _parameters(provenance))
-    try:
-        picture.save(path, "PNG", pnginfo=chunks)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def read_provenance(path: Path | str) -> dict[str, Any]:
-    """The record inside a PNG. UserError if it is no PNG or has none."""
-    try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels")
-            picture.load()  # the text may stand after the pixels
-            record = json.loads(picture.info[CHUNK])
-    except KeyError as error:
-        raise UserError(f"{path} does not say how it was made: it has no {CHUNK!r} text chunk") from error
-    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a PNG with a record: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: its {CHUNK!r} text chunk is not an object")
-    return record
 
 
 def read_captions(path: Path | str) -> list[str]:
@@ -318,19 +392,8 @@ def read_captions(path: Path | str) -> list[str]:
     return captions
 
 
-def _parameters(provenance: dict[str, Any]) -> str:
-    """The record in the words that Stable Diffusion web UI made common: the prompt, then a line of settings."""
-    how, size = provenance["sampling"], provenance["size"]
-    settings = {
-        "Steps": how["steps"],
-        "Sampler": how["sampler"].capitalize(),
-        "CFG scale": how["guidance"],
-        "Seed": provenance["seed"],
-        "Size": f"{size[0]}x{size[1]}",
-        "Model hash": _short(provenance["fingerprints"].get("decoder", "none")),
-        "Version": f"unclip {provenance['version']}",
-    }
-    return f"{provenance.get('caption', '')}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
+def _pictures(x0: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in to_pixels(x0)]
 
 
 def _seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
@@ -340,7 +403,3 @@ def _seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
     if any(seed < 0 for seed in seeds):
         raise UserError(f"seeds are non-negative integers, not {min(seeds)}")
     return seeds
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint.removeprefix("sha256:")[:10]

@@ -27,26 +27,35 @@ class NoiseLevelEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, watch: list[Tensor] | None = None) -> Tensor:
     """Softmax attention. q: (B, H, Q, C); k, v: (B, H, K, C); keep: (B, K) bool, False = not to be looked at.
 
     On CPU as plain matrix products: the fused kernel has no fast bf16 path there (1.45x slower, whole step).
+    watch: gets the probabilities, averaged over the heads, (B, Q, K).
     """
     mask = None if keep is None else keep[:, None, None, :]
-    if q.is_cuda:
+    if q.is_cuda and watch is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+    shares = scores.softmax(-1)
+    if watch is not None:
+        watch.append(shares.float().mean(1))
+    return shares.to(v.dtype) @ v
 
 
 class Attention(nn.Module):
-    """Tokens (B, N, width) look at each other and at context tokens (B, T, context_width); starts by adding nothing."""
+    """Tokens (B, N, width) look at each other and at context tokens (B, T, context_width); starts by adding nothing.
+
+    watch: None, or a list that gets, at every call, who looks at what: probabilities (B, N, T + N), averaged over the
+    heads, the context tokens first (what self-attention guidance needs).
+    """
 
     def __init__(self, width: int, heads: int, context_width: int = 0):
         super().__init__()
         self.heads = heads
+        self.watch: list[Tensor] | None = None
         self.qkv = nn.Linear(width, 3 * width)
         self.context = nn.Linear(context_width, 2 * width) if context_width else None
         self.out = silent(nn.Linear(width, width))
@@ -59,7 +68,7 @@ class Attention(nn.Module):
             k, v = torch.cat([more_k, k], dim=2), torch.cat([more_v, v], dim=2)
             if keep is not None:
                 keep = torch.cat([keep, keep.new_ones(tokens.shape[:2])], dim=1)
-        return self.out(attend(q, k, v, keep).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, keep, self.watch).transpose(1, 2).flatten(2))
 
     def _by_head(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,8 +1,8 @@
 """What one does with points of the CLIP space: variations, interpolation, text diffs, and a strip of the steps.
 
 unCLIP (Ramesh et al. 2022, arXiv 2204.06125), section 3: an embedding says what a picture is about, the decoder's noise
-(the seed) all the rest. Each function returns pictures whose records make them again, and tells `on_step` of every step
-as Generator.from_captions does; what that raises ends the drawing.
+(from a seed, or from a picture by inversion.py) all the rest. Each function returns pictures whose records make them
+again, and tells `on_step` of every step as Generator.from_captions does; what that raises ends the drawing.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ from PIL import Image
 
 from clip_train.settings import UserError
 from diffusion.generate import Generated, Generator, Sampling, to_pixels
-from diffusion.samplers import OnStep
+from diffusion.inversion import picture_noise, redrawn, slerp_noise
+from diffusion.samplers import SAMPLERS, OnStep, SampleNoise
+from diffusion.source import Source
+
+KINDS = ("embedding", "noise", "both")
 
 
 def vary(
@@ -25,12 +29,26 @@ def vary(
     seed: int = 0,
     how: Sampling | None = None,
     *,
+    picture: Source | None = None,
     on_step: OnStep = None,
 ) -> list[Generated]:
-    """Other pictures of one embedding (section 3.1): the same point (D,), with seeds seed, seed + 1, ..."""
-    rows = np.repeat(np.asarray(row, dtype=np.float32)[None], count, axis=0)
-    made = generator.from_embeddings(rows, range(seed, seed + count), how, on_step=on_step)
-    return [_told(one, {"name": "vary"}) for one in made]
+    """Other pictures of one embedding (section 3.1): the same point (D,), with seeds seed, seed + 1, ...
+
+    picture: the one that the embedding is of. Then its own noise is walked, and its eta says how much fresh noise is
+    added on the way: 0 the picture itself, 1 hardly anything of it but what the embedding holds.
+    """
+    rows, seeds = np.repeat(np.asarray(row, dtype=np.float32)[None], count, axis=0), range(seed, seed + count)
+    if picture is None:
+        made = generator.from_embeddings(rows, seeds, how, on_step=on_step)
+        return [told(one, {"name": "vary"}) for one in made]
+    how = how or generator.how
+    chosen = SAMPLERS[how.sampler]
+    random = chosen.random if chosen.eta is None else how.own_eta > 0
+    if not random and count > 1:
+        raise UserError("with eta 0 all variations of a picture are alike: the picture itself; set eta above 0")
+    x = picture_noise(generator, rows[:1], [picture], how, on_step=on_step).expand(count, -1, -1, -1)
+    task = {"name": "vary", "sources": [picture.told]}
+    return redrawn(generator, rows, x, seeds, how, [task] * count, on_step=on_step)
 
 
 def interpolate(
@@ -40,18 +58,63 @@ def interpolate(
     seed: int = 0,
     how: Sampling | None = None,
     *,
+    kind: str = "embedding",
+    pictures: Sequence[Source | None] = (None, None),
     on_step: OnStep = None,
 ) -> list[Generated]:
     """`count` pictures on the way from rows[0] to rows[1], both ends included (section 3.2); rows (2, D).
 
-    All have one seed, so that what changes from one to the next is what the embedding says. UserError: a count below 2.
+    kind "embedding": all have one seed, so that what changes from one to the next is what the embedding says. "noise":
+    all have the embedding rows[0], and the noise goes from one to another. "both": both go, so with pictures the ends
+    are the pictures. pictures: that the rows are of; a noise is an end's picture's own, or else the one of seed and of
+    seed + 1. UserError: a count below 2.
     """
     if count < 2:
         raise UserError(f"{count} pictures do not reach from one end to the other; make 2 or more")
-    shares = np.linspace(0, 1, count)
+    shares = np.linspace(0, 1, count).tolist()
     points = np.stack([slerp(rows[0], rows[1], share) for share in shares])
-    made = generator.from_embeddings(points, [seed] * count, how, on_step=on_step)
-    return [_told(one, {"name": "interpolate", "share": float(s)}) for one, s in zip(made, shares, strict=True)]
+    if kind == "embedding":
+        made = generator.from_embeddings(points, [seed] * count, how, on_step=on_step)
+        return [told(one, {"name": "interpolate", "share": s}) for one, s in zip(made, shares, strict=True)]
+    between = between_noises(generator, rows, shares, seed, how or generator.how, pictures, on_step=on_step)
+    if kind == "noise":
+        points = np.repeat(points[:1], count, axis=0)
+    tasks = [interpolation_task(kind, share, rows, pictures) for share in shares]
+    return redrawn(generator, points, between, [seed] * count, how or generator.how, tasks, on_step=on_step)
+
+
+def between_noises(
+    generator: Generator,
+    rows: np.ndarray,
+    shares: Sequence[float],
+    seed: int,
+    how: Sampling,
+    pictures: Sequence[Source | None],
+    *,
+    on_step: OnStep = None,
+) -> torch.Tensor:
+    """x (len(shares), 3, S, S) at how.sigma_max, from the first end's noise to the second's; see interpolate."""
+    ends = []
+    for number, picture in enumerate(pictures):
+        if picture is None:
+            noise = SampleNoise([seed + number], (3, generator.size, generator.size), generator.device, stream=1)
+            ends.append(how.sigma_max * noise()[0])
+        else:
+            ends.append(picture_noise(generator, rows[number][None], [picture], how, on_step=on_step)[0])
+    return torch.stack([slerp_noise(*ends, share) for share in shares])
+
+
+def interpolation_task(kind: str, share: float, rows: np.ndarray, pictures: Sequence[Source | None]) -> dict[str, Any]:
+    """What a record says of a step between two noises: which ends are pictures (null: a seed's)."""
+    if kind not in KINDS:
+        raise UserError(f"interpolate {kind!r}: take {', '.join(KINDS)}")
+    return {
+        "name": "interpolate",
+        "kind": kind,
+        "share": share,
+        "ends": [picture and picture.sha256 for picture in pictures],
+        "sources": [picture.told for picture in pictures if picture],
+    }
 
 
 def edit(
@@ -62,25 +125,41 @@ def edit(
     how: Sampling | None = None,
     *,
     source: str | None = None,
-    strength: float = 0.35,
+    strength: float | Sequence[float] = 0.35,
+    picture: Source | None = None,
     on_step: OnStep = None,
 ) -> list[Generated]:
-    """The picture of embedding `row` (D,) changed towards `text` (text diffs, section 3.3): a list of one.
+    """The picture of embedding `row` (D,) changed towards `text` (text diffs, section 3.3), once for each strength.
 
     The embedding is turned by `strength` (0 nothing, 1 all the way; the paper takes 0.25 to 0.5) towards the direction
-    text(text) - text(source). source: a caption of the picture as it is; None: the empty caption.
+    text(text) - text(source). source: a caption of the picture as it is; None: the empty caption. picture: the one that
+    the embedding is of; then its own noise is walked, and what the texts do not say stays as it was.
     """
-    if not 0 <= strength <= 1:
-        raise UserError(f"strength {strength:g} must be between 0 and 1")
+    strengths = list(strength) if isinstance(strength, Sequence) else [strength]
+    for one in strengths:
+        if not 0 <= one <= 1:
+            raise UserError(f"strength {one:g} must be between 0 and 1")
+    difference = text_difference(generator, text, source or "")
+    points = np.stack([slerp(np.asarray(row, dtype=np.float32), difference, one) for one in strengths])
+    tasks = [{"name": "edit", "text": text, "source": source or "", "strength": one} for one in strengths]
+    seeds = [seed] * len(strengths)
+    if picture is None:
+        made = generator.from_embeddings(points, seeds, how, on_step=on_step)
+        return [told(one, task) for one, task in zip(made, tasks, strict=True)]
+    x = picture_noise(generator, np.asarray(row)[None], [picture], how or generator.how, on_step=on_step)
+    tasks = [{**task, "sources": [picture.told]} for task in tasks]
+    x = x.expand(len(strengths), -1, -1, -1)
+    return redrawn(generator, points, x, seeds, how or generator.how, tasks, on_step=on_step)
+
+
+def text_difference(generator: Generator, text: str, source: str) -> np.ndarray:
+    """text(text) - text(source), (D,), not a unit row. UserError where the two mean the same."""
     if generator.clip is None:
         raise UserError("an edit by text needs the CLIP that the decoder was trained with; say where: --clip")
-    target, origin = generator.clip.encode_text([text, source or ""]).numpy()
-    difference = target - origin
-    if not np.linalg.norm(difference) > 1e-4:
-        raise UserError(f"the texts {source or ''!r} and {text!r} mean the same to this CLIP: nothing to change")
-    point = slerp(np.asarray(row, dtype=np.float32), difference, strength)
-    how_told = {"name": "edit", "text": text, "source": source or "", "strength": strength}
-    return [_told(one, how_told) for one in generator.from_embeddings(point[None], [seed], how, on_step=on_step)]
+    target, origin = generator.clip.encode_text([text, source]).numpy()
+    if not np.linalg.norm(target - origin) > 1e-4:
+        raise UserError(f"the texts {source!r} and {text!r} mean the same to this CLIP: nothing to change")
+    return target - origin
 
 
 def strip(
@@ -107,9 +186,14 @@ def strip(
         (made,) = generator.from_captions([of], [seed], how, on_step=keep)
     else:
         (made,) = generator.from_embeddings(np.asarray(of, dtype=np.float32)[None], [seed], how, on_step=keep)
-    before = guesses[:-1]  # the last guess is the picture, but for the last step's noise
-    chosen = np.unique(np.linspace(0, len(before) - 1, min(frames - 1, len(before))).round().astype(int))
-    return [Image.fromarray(to_pixels(before[step])[0]) for step in chosen] + [made.picture]
+    return [*frames_of(guesses, frames - 1), made.picture]
+
+
+def frames_of(guesses: Sequence[torch.Tensor], most: int) -> list[Image.Image]:
+    """Pictures of at most `most` guesses (1, 3, H, W), spread over all but the last, which is the picture itself."""
+    before = guesses[:-1]
+    chosen = np.unique(np.linspace(0, len(before) - 1, min(most, len(before))).round().astype(int))
+    return [Image.fromarray(to_pixels(before[step])[0]) for step in chosen]
 
 
 def slerp(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
@@ -128,5 +212,6 @@ def slerp(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, shar
     return (point / np.linalg.norm(point)).astype(np.float32)
 
 
-def _told(made: Generated, task: dict[str, Any]) -> Generated:
+def told(made: Generated, task: dict[str, Any]) -> Generated:
+    """The picture, with what was done in its record."""
     return replace(made, provenance={**made.provenance, "task": task})

@@ -6,12 +6,14 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_train import ranks
 from clip_train.captions import pick_caption, uniform_of
 from clip_train.fit import Batch, FitConfig
 from clip_train.store import EmbeddingStore
+from diffusion.words import NO_WORD, bpe_ids
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,15 @@ class Pairs:
     text: np.ndarray  # (M, D)
     image: np.ndarray  # (N, D)
     row: np.ndarray  # (M,): the picture of each caption, in rising order
-    mix: Sequence[
-        float
-    ] = ()  # weights of a picture's 1st, 2nd, ... caption; (): every caption comes round equally often
+    mix: Sequence[float] = ()  # weights of a picture's 1st, 2nd, ... caption; (): each comes round equally often
+    words: np.ndarray | None = None  # (M, W): byte-pair ids of each caption, see words.bpe_ids
 
     @classmethod
-    def of(cls, store: EmbeddingStore, mix: Sequence[float] = ()) -> "Pairs":
+    def of(cls, store: EmbeddingStore, mix: Sequence[float] = (), words: int = 0) -> "Pairs":
+        """All pairs of an embeddings folder. words: how many byte-pair ids of each caption are wanted; 0: none."""
         text, row = store.captions()
-        return cls(text, store.image(), row, mix)
+        ids = bpe_ids(store.caption_texts(), words) if words else None
+        return cls(text, store.image(), row, mix, ids)
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
         """(text (n, D), image (n, D)), each pair once."""
@@ -53,13 +56,40 @@ class Pairs:
                 else:
                     some = shuffled(start, mine, len(self.row), config.seed)
                 text, image = self._take(some)
-                yield {"text": text, "image": image}
+                batch = {"text": text, "image": image}
+                if self.words is not None:
+                    ids = self.words[some]
+                    longest = max(1, int((ids != NO_WORD).any(0).sum()))
+                    batch["words"] = torch.from_numpy(ids[:, :longest])
+                yield batch
                 step += 1
 
         return from_step
 
     def _take(self, pairs: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self.text[pairs]), torch.from_numpy(self.image[self.row[pairs]])
+
+
+def blurred(text: Tensor, amount: float, rng: torch.Generator) -> Tensor:
+    """Text rows (B, D) moved off their place, each by its own share of `amount`, and made unit rows again.
+
+    A CLIP knows the captions it was trained on far better than others: there its text rows lie next to their pictures,
+    and a prior that sees only such rows trusts all text too much. The noise has the covariance of the batch's own rows
+    (random mixtures of them), since text fills few of the D dimensions and noise in the others would give itself away.
+    amount: standard deviation of the noise in units of that of the rows, at most; each row draws its own below it.
+    """
+    centre = text - text.mean(0)
+    weights = torch.randn(len(text), len(text), generator=rng, device=text.device)
+    share = amount * torch.rand(len(text), 1, generator=rng, device=text.device)
+    noise = weights @ centre / len(text) ** 0.5
+    return F.normalize(text + share * noise, dim=-1)
+
+
+def groups_of(store: EmbeddingStore) -> np.ndarray:
+    """(N,) integers: rows of one label (of one caption, where there are no labels) are each other's right answers."""
+    captions, labels = store.table.column("caption"), store.table.column("label")
+    names = [str(caption if label is None else label).lower() for caption, label in zip(captions, labels, strict=True)]
+    return np.unique(names, return_inverse=True)[1]
 
 
 def shuffled(start: int, count: int, total: int, seed: int) -> np.ndarray:

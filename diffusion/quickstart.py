@@ -24,7 +24,8 @@ from clip_train.sheet import contact_sheet, query_sheet, save_sheet
 from clip_train.store import EmbeddingStore
 from diffusion.evaluate import evaluate_loop, labels_of
 from diffusion.evaluate_prior import evaluate_prior
-from diffusion.generate import Generator, Sampling, save_png
+from diffusion.generate import Generator, Sampling
+from diffusion.provenance import save_png
 from diffusion.report import write_report
 from diffusion.train_decoder import DECODER_PRESETS, train_decoder
 from diffusion.train_prior import PRIOR_PRESETS, train_prior

@@ -1,114 +1,144 @@
-"""Samplers: pure functions that walk a noisy x down a grid of sigmas with nothing but `denoise(x, sigma)`.
+"""Samplers by name: walk a noisy x down a grid of sigmas with nothing but `denoise(x, sigma)`, or a clean one up it.
 
-denoise: (x (B, ...), sigma (B,)) -> denoised (B, ...).     sigmas: 1-D, falling, ending in 0 (schedule.py).
-x: the start, sigmas[0] * noise.     noise: for the stochastic ones, a function without arguments that returns a fresh
-unit Gaussian shaped like x (SampleNoise).     on_step(step, denoised): called after each step, for progress and strips.
+The functions themselves are in singlestep.py and multistep.py; what each argument is, stands there.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
-OnStep = Callable[[int, Tensor], None] | None
+from diffusion.multistep import sample_dpmpp_2m, sample_unipc
+from diffusion.singlestep import (
+    Denoise,
+    Noise,
+    OnStep,
+    each,
+    pairs,
+    sample_ddim,
+    sample_ddpm,
+    sample_euler,
+    sample_heun,
+    tell,
+)
 
 
-@torch.no_grad()
-def sample_ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Callable[[], Tensor], on_step: OnStep = None):
-    """Draw each x from q(x_next | x, x0 = denoised) (DDPM algorithm 2, Ho et al. 2020, arXiv 2006.11239, eq. 6-7).
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A way down the grid. Orders are measured in tests/test_samplers.py; docs/sampling.md says when to take which."""
 
-    In units of x0 that posterior is a Gaussian with mean denoised + (next / now)^2 (x - denoised) and variance
-    next^2 (now^2 - next^2) / now^2.
-    """
-    for step, (now, after) in enumerate(_pairs(sigmas)):
-        denoised = denoise(x, _each(now, x))
-        kept = (after / now) ** 2
-        x = denoised + kept * (x - denoised)
-        if after > 0:
-            x = x + (after**2 * (1 - kept)) ** 0.5 * noise()
-        _tell(on_step, step, denoised)
-    return x
+    about: str
+    walk: Callable[[Denoise, Tensor, Tensor, Noise, float, OnStep], Tensor]  # (denoise, x, sigmas, noise, eta, on_step)
+    order: int  # steps doubled, the error falls 2^order times (of the distribution, for a random one)
+    random: bool = False  # draws noise on its way (whatever eta is)
+    eta: float | None = None  # what it takes unless told; None: there is no eta to it
+    calls: Callable[[int], int] = lambda steps: steps  # steps -> calls of denoise
 
 
-@torch.no_grad()
-def sample_ddim(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    eta: float = 0.0,
-    noise: Callable[[], Tensor] | None = None,
-    on_step: OnStep = None,
-) -> Tensor:
-    """Denoise, then add noise back up to the next level (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16).
-
-    eta: share of the fresh noise that DDPM would add; 0 is deterministic (and is Euler's method), 1 is DDPM.
-    """
-    if eta > 0 and noise is None:
-        raise ValueError(f"DDIM with eta = {eta} draws noise; pass noise=")
-    for step, (now, after) in enumerate(_pairs(sigmas)):
-        denoised = denoise(x, _each(now, x))
-        direction = (x - denoised) / now  # the guess of the noise in x
-        fresh = eta * after / now * (now**2 - after**2) ** 0.5
-        x = denoised + (after**2 - fresh**2) ** 0.5 * direction
-        if fresh > 0:
-            x = x + fresh * noise()
-        _tell(on_step, step, denoised)
-    return x
-
-
-@torch.no_grad()
-def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, on_step: OnStep = None) -> Tensor:
-    """First order for dx/dsigma = (x - denoise(x, sigma)) / sigma: the error halves when the steps double."""
-    for step, (now, after) in enumerate(_pairs(sigmas)):
-        denoised = denoise(x, _each(now, x))
-        x = x + (after - now) * (x - denoised) / now
-        _tell(on_step, step, denoised)
-    return x
-
-
-@torch.no_grad()
-def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, on_step: OnStep = None) -> Tensor:
-    """Solve dx/dsigma = (x - denoise(x, sigma)) / sigma from sigmas[0] to sigmas[-1] (EDM algorithm 1, 2206.00364).
-
-    Second order: the error falls fourfold when the steps double. 2 * steps - 1 calls of denoise.
-    """
-    for step, (now, after) in enumerate(_pairs(sigmas)):
-        denoised = denoise(x, _each(now, x))
-        slope = (x - denoised) / now
-        ahead = x + (after - now) * slope
-        if after > 0:  # the slope at sigma = 0 does not exist
-            slope = (slope + (ahead - denoise(ahead, _each(after, x))) / after) / 2
-            ahead = x + (after - now) * slope
-        x = ahead
-        _tell(on_step, step, denoised)
-    return x
-
-
-SAMPLERS = ("heun", "ddim", "ddpm", "euler")
+SAMPLERS: dict[str, Sampler] = {
+    "heun": Sampler(
+        about="EDM's: second order, two calls a step; the steadiest",
+        order=2,
+        calls=lambda steps: 2 * steps - 1,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_heun(denoise, x, sigmas, on_step),
+    ),
+    "ddim": Sampler(
+        about="first order; eta from 0 (deterministic, invertible) to 1 (ddpm)",
+        order=1,
+        eta=0.0,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_ddim(denoise, x, sigmas, eta, noise, on_step),
+    ),
+    "ddpm": Sampler(
+        about="ancestral sampling, as random as the training was; wants many steps",
+        order=1,
+        random=True,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_ddpm(denoise, x, sigmas, noise, on_step),
+    ),
+    "euler": Sampler(
+        about="first order for the ODE; ddim with eta 0",
+        order=1,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_euler(denoise, x, sigmas, on_step),
+    ),
+    "dpmpp_2m": Sampler(
+        about="DPM-Solver++(2M): second order at one call a step; the fast one under guidance",
+        order=2,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_dpmpp_2m(denoise, x, sigmas, on_step=on_step),
+    ),
+    "dpmpp_2m_sde": Sampler(
+        about="its random sister: eta 1 is as random as ddpm at fewer steps, eta 0 is dpmpp_2m",
+        order=2,
+        eta=1.0,
+        random=True,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_dpmpp_2m(denoise, x, sigmas, eta, noise, on_step),
+    ),
+    "unipc": Sampler(
+        about="UniPC-2: third order, by a corrector, at one call a step; the most exact at 10 steps and more",
+        order=3,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_unipc(denoise, x, sigmas, on_step),
+    ),
+    "ddpm_mean": Sampler(
+        about="an ablation: ddpm without its noise; samples collapse",
+        order=1,
+        walk=lambda denoise, x, sigmas, noise, eta, on_step: sample_ddpm(denoise, x, sigmas, None, on_step, False),
+    ),
+}
 
 
 def sample(
     sampler: str,
     denoise: Denoise,
     sigmas: Tensor,
-    noise: Callable[[], Tensor],
+    noise: Noise,
     *,
-    eta: float = 0.0,
+    eta: float | None = None,
+    start: Tensor | None = None,
     on_step: OnStep = None,
 ) -> Tensor:
-    """Start from sigmas[0] * noise() and walk down with the sampler of that name. eta: for "ddim" only."""
-    x = float(sigmas[0]) * noise()
-    if sampler == "heun":
-        return sample_heun(denoise, x, sigmas, on_step)
-    if sampler == "euler":
-        return sample_euler(denoise, x, sigmas, on_step)
-    if sampler == "ddim":
-        return sample_ddim(denoise, x, sigmas, eta, noise, on_step)
-    if sampler == "ddpm":
-        return sample_ddpm(denoise, x, sigmas, noise, on_step)
-    raise ValueError(f"no sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
+    """Walk from sigmas[0] * noise() down the grid with the sampler of that name. Returns x at sigmas[-1], (B, ...).
+
+    start: x at sigmas[0], if it is not to be noise alone. eta: for those that have one (ddim, dpmpp_2m_sde), None for
+    their own.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"no sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
+    chosen = SAMPLERS[sampler]
+    x = float(sigmas[0]) * noise() if start is None else start
+    return chosen.walk(denoise, x, sigmas, noise, chosen.eta if eta is None else eta, on_step)
+
+
+@torch.no_grad()
+def invert(denoise: Denoise, x0: Tensor, sigmas: Tensor, on_step: OnStep = None, rounds: int = 2) -> Tensor:
+    """The x at sigmas[0] from which sample_ddim (eta 0) comes to x0 on the same grid: DDIM inversion.
+
+    Song et al. 2020 (arXiv 2010.02502, section 5.4) walk up with the guess at the lower level; that is off by the
+    curvature of the way. Here each step is solved for the x that DDIM takes to the one below: from the slope of the
+    last step on, `rounds` times take off what DDIM misses it by, with Anderson's extrapolation from the last two tries
+    (as in arXiv 2309.04907). steps * rounds calls of denoise. x0: (B, ...); returns the same shape.
+    """
+    x, slope = x0, torch.zeros_like(x0)
+    for step, (now, after) in enumerate(reversed(pairs(sigmas))):
+        target, x = x, x + (now - after) * slope
+        tried: tuple[Tensor, Tensor] | None = None
+        for _ in range(rounds):
+            denoised = denoise(x, each(now, x))
+            missed = denoised + after / now * (x - denoised) - target
+            ahead = x - missed
+            back = torch.zeros_like(x)
+            if tried is not None:
+                turn = missed - tried[1]
+                share = _dot(turn, missed) / _dot(turn, turn).clamp(min=1e-30)
+                back = share * (ahead - tried[0])
+            tried, x = (ahead, missed), ahead - back
+        slope = (x - denoised) / now
+        tell(on_step, step, denoised)
+    return x
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample: (B, 1, ...)."""
+    return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))
 
 
 class SampleNoise:
@@ -128,17 +158,3 @@ class SampleNoise:
     def __call__(self) -> Tensor:
         """(B, *shape), float32; each call goes on where the last one stopped."""
         return torch.stack([torch.randn(self.shape, generator=rng) for rng in self.generators]).to(self.device)
-
-
-def _pairs(sigmas: Tensor) -> list[tuple[float, float]]:
-    levels = sigmas.tolist()
-    return list(zip(levels[:-1], levels[1:], strict=True))
-
-
-def _each(sigma: float, x: Tensor) -> Tensor:
-    return x.new_full((len(x),), sigma)
-
-
-def _tell(on_step: OnStep, step: int, denoised: Tensor) -> None:
-    if on_step is not None:
-        on_step(step, denoised)

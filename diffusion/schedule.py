@@ -24,7 +24,25 @@ def cosine_sigma(u: Tensor) -> Tensor:
     return torch.tan(math.pi / 2 * u)
 
 
-DENSITIES = {"log_normal": log_normal_sigma, "cosine": cosine_sigma}
+def vp_linear_sigma(u: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
+    """Sigma at a uniform time of DDPM's linear betas, 1000 steps from beta_min / 1000 to beta_max / 1000.
+
+    Their limit for many steps, sigma^2 = exp(beta_min u + (beta_max - beta_min) u^2 / 2) - 1 (Song et al. 2021,
+    arXiv 2011.13456, eq. 33; EDM table 1, column VP). From 0 to 152 (157 for the 1000 steps themselves).
+    """
+    return torch.expm1(beta_min * u + (beta_max - beta_min) * u**2 / 2).sqrt()
+
+
+def flow_sigma(u: Tensor) -> Tensor:
+    """Sigma at a uniform time of the rectified flow x_flow = (1 - time) x0 + time noise: sigma = time / (1 - time).
+
+    Liu et al. 2022 (arXiv 2209.03003, eq. 1). Stable Diffusion 3 draws a logit-normal time instead (Esser et al. 2024,
+    arXiv 2403.03206, eq. 19): its sigma is log_normal, with the same mean and std; and its shift multiplies sigma.
+    """
+    return u / (1 - u)
+
+
+DENSITIES = {"log_normal": log_normal_sigma, "cosine": cosine_sigma, "vp_linear": vp_linear_sigma, "flow": flow_sigma}
 
 
 def stratified(count: int, rng: torch.Generator) -> Tensor:
@@ -53,7 +71,43 @@ def cosine_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0)
     return _ending_in_zero(torch.tan(torch.linspace(high, low, steps, dtype=torch.float64)))
 
 
-GRIDS = {"karras": karras_sigmas, "cosine": cosine_sigmas}
+def vp_linear_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """DDPM's and DDIM's usual grid: equal steps of the time of vp_linear_sigma, from sigma_max down. (steps + 1,)."""
+    _check(steps, sigma_min, sigma_max)
+    low, high = (_vp_linear_time(sigma) for sigma in (sigma_min, sigma_max))
+    return _ending_in_zero(vp_linear_sigma(torch.linspace(high, low, steps, dtype=torch.float64)))
+
+
+def _vp_linear_time(sigma: float, beta_min: float = 0.1, beta_max: float = 20.0) -> float:
+    """The time at which vp_linear_sigma is sigma (EDM table 1)."""
+    gain = beta_max - beta_min
+    return (math.sqrt(beta_min**2 + 2 * gain * math.log1p(sigma**2)) - beta_min) / gain
+
+
+def flow_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Equal steps of the rectified flow's time, sigma / (1 + sigma), from sigma_max down. (steps + 1,)."""
+    _check(steps, sigma_min, sigma_max)
+    low, high = (sigma / (1 + sigma) for sigma in (sigma_min, sigma_max))
+    return _ending_in_zero(flow_sigma(torch.linspace(high, low, steps, dtype=torch.float64)))
+
+
+def log_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Equal steps of ln sigma, which is minus half the log signal-to-noise ratio, from sigma_max down. (steps + 1,).
+
+    The grid the DPM-Solvers' and UniPC's error bounds are stated for (Lu et al. 2022, arXiv 2206.00927, section 4).
+    """
+    _check(steps, sigma_min, sigma_max)
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    return _ending_in_zero(torch.linspace(high, low, steps, dtype=torch.float64).exp())
+
+
+GRIDS = {
+    "karras": karras_sigmas,
+    "cosine": cosine_sigmas,
+    "vp_linear": vp_linear_sigmas,
+    "flow": flow_sigmas,
+    "log": log_sigmas,
+}
 
 
 def _check(steps: int, sigma_min: float, sigma_max: float) -> None:

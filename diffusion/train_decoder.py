@@ -1,7 +1,7 @@
 """train_decoder: shards + a CLIP + denoising_loss -> fit -> a decoder folder."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train import ranks
-from clip_train.captions import pick_caption, uniform_of
+from clip_train.captions import caption_table, uniform_of
 from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig, fit
 from clip_train.folder import Input, Manifest
@@ -19,8 +19,9 @@ from clip_train.model import Clip
 from clip_train.pictures import Batches, Pictures
 from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.shards import ShardSet
-from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, picture_cond
-from diffusion.denoiser import denoising_loss
+from diffusion.align import Watched, clip_features, misalignment
+from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, noised, picture_cond
+from diffusion.denoiser import denoising_loss, loss_weight
 from diffusion.ridge import ridge_regression
 from diffusion.schedule import stratified
 from diffusion.trained import Preset, density_of, publish
@@ -33,18 +34,68 @@ DECODER_PRESETS = {
         DecoderConfig(),
         FitConfig(minutes=4.0, batch_size=32, lr=3e-3, weight_decay=0.01, beta2=0.98, ema=0.99),
     ),
+    "laptop": Preset(
+        "CPU, an hour: 64 px",
+        DecoderConfig(
+            image_size=64,
+            network="unet",
+            patch=1,
+            widths=(32, 64, 128, 256),
+            blocks=(1, 1, 2, 2),
+            attention=(8,),
+            text=True,
+            noise_image=0.3,
+            sigma_mean=-0.4,
+        ),
+        FitConfig(minutes=60.0, batch_size=16, lr=2e-3, weight_decay=0.01, beta2=0.98, ema=0.999),
+    ),
     "small": Preset(
         "one GPU, under an hour: 64 px",
         DecoderConfig(
             image_size=64,
-            widths=(128, 256, 384, 512),
-            blocks=(1, 2, 3, 2),
-            attention=(16, 8, 4),
+            network="unet",
+            patch=1,
+            widths=(64, 128, 256, 512),
+            blocks=(2, 2, 3, 3),
+            attention=(16, 8),
             head_width=64,
             cond_width=512,
+            text=True,
+            noise_image=0.3,
             dropout=0.1,
+            sigma_mean=-0.4,
         ),
-        FitConfig(minutes=50.0, batch_size=256, lr=5e-4, weight_decay=0.01, beta2=0.99, ema=0.9995),
+        FitConfig(minutes=50.0, batch_size=256, lr=5e-4, weight_decay=0.01, beta2=0.99, ema=0.9995, ema_snapshots=4),
+    ),
+    "base": Preset(
+        "a node of GPUs, days: 64 px, millions of pictures (torchrun)",
+        DecoderConfig(
+            image_size=64,
+            network="unet",
+            patch=1,
+            widths=(192, 384, 576, 768),
+            blocks=(3, 3, 3, 3),
+            attention=(16, 8),
+            head_width=64,
+            cond_width=768,
+            image_tokens=8,
+            text=True,
+            noise_image=0.5,
+            dropout=0.1,
+            sigma_mean=-0.4,
+        ),
+        FitConfig(
+            steps=400_000,
+            batch_size=1024,
+            lr=2e-4,
+            warmup=0.01,
+            weight_decay=0.01,
+            beta2=0.99,
+            ema=0.9999,
+            ema_snapshots=8,
+            compile=True,
+            save_every=600.0,
+        ),
     ),
 }
 
@@ -69,7 +120,11 @@ def train_decoder(
     encoder = Clip.load(clip, place)
     config = replace(config, embed_dim=config.embed_dim or encoder.embed_dim)
     if config.text:
+        encoder.text_states([""])  # refuses towers whose states cannot be read
         config = replace(config, text_width=config.text_width or encoder.model_cfg["text_cfg"]["width"])
+    if config.align:
+        features = clip_features(encoder, torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]
+        config = replace(config, align_width=features)
     if config.embed_dim != encoder.embed_dim:
         raise UserError(
             f"{clip}/ makes {encoder.embed_dim}-wide embeddings, but the decoder's embed_dim is {config.embed_dim}; "
@@ -86,22 +141,35 @@ def train_decoder(
     tell = (lambda done, total, **numbers: on_progress(done, total, stage="encode")) if on_progress else None
     image = picture_embeddings(samples, encoder, space.path, tell)
     pictures = decoded(samples, config.image_size, space.path, CACHE_GB, tell)
-    captions = samples.captions if config.text else None
+    captions = caption_table(samples, encoder, space.path, mix=config.caption_mix) if config.text else None
     linear = ridge_regression(guess_pairs(image, pictures, config))
     moved = config.sigma_mean + math.log(linear.spread / config.sigma_data)
     config = replace(config, sigma_data=linear.spread, sigma_mean=moved)
     torch.manual_seed(fit_config.seed)
     denoiser = DecoderDenoiser(config)
     denoiser.network.linear.take(linear)
+    if config.noise_image:
+        blocks = np.array_split(pictures.rows, -(-len(pictures.rows) // 4096))
+        rows = (torch.from_numpy(image[some].astype(np.float32)) for some in blocks)
+        denoiser.network.wiener.take(rows, linear.penalty)
     density, scaling = density_of(config), denoiser.scaling
 
     def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
-        x0 = batch["pixels"].float() / 127.5 - 1
-        cond = picture_cond(batch["image"], batch.get("text"), batch.get("keep_text"))
-        cond = drop_some(cond, config, rng)
+        x0, rows, level = batch["pixels"].float() / 127.5 - 1, batch["image"], None
+        if config.noise_image:
+            level = config.noise_image * stratified(len(rows), rng) ** 2  # half of them below a quarter of the most
+            rows = noised(rows, level, torch.randn(rows.shape, generator=rng, device=rows.device))
+        text = text_states(encoder, batch["tokens"]) if captions else ()
+        cond = drop_some(picture_cond(rows, *text, image_noise=level), config, rng)
         sigma = density(stratified(len(x0), rng))
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-        return denoising_loss(model, x0, cond, sigma, noise, scaling.weight(sigma)), {}
+        weight = loss_weight(scaling, sigma, config.weighting)
+        if not config.align:
+            return denoising_loss(model, x0, cond, sigma, noise, weight), {}
+        watched = Watched(model)
+        value = denoising_loss(watched, x0, cond, sigma, noise, weight)
+        away = misalignment(watched.features, clip_features(encoder, batch["pixels"]))
+        return value + config.align * away, {"denoising": float(value.detach()), "misalignment": float(away.detach())}
 
     world = ranks.world_size()
     order = Batches(pictures, fit_config.batch_size // world, fit_config.seed, ranks.rank(), world)
@@ -110,8 +178,8 @@ def train_decoder(
         for number, batch in enumerate(order(step), start=step):
             batch = batch | {"image": torch.from_numpy(image[batch["row"].numpy()].astype(np.float32))}
             if captions:
-                uniform = uniform_of(fit_config.seed, order.places(number))
-                batch |= text_batch(encoder, captions, batch["row"].tolist(), config.caption_mix, uniform)
+                said = captions.pick(batch["row"].numpy(), uniform_of(fit_config.seed, order.places(number)))
+                batch["tokens"] = said["tokens"]
             yield batch
 
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
@@ -147,11 +215,12 @@ def guess_pairs(image: np.ndarray, pictures: Pictures, config: DecoderConfig) ->
         yield torch.from_numpy(image[rows].astype(np.float32)), small.flatten(1)
 
 
-def text_batch(
-    clip: Clip, captions: Callable[[int], list[str]], rows: list[int], mix: Sequence[float], uniform: np.ndarray
-) -> Batch:
-    """The text tower's states of one caption per picture: the one that `uniform` (B,) in [0, 1) chooses, see mix."""
-    said = [captions(row) for row in rows]
-    which = pick_caption(np.array([len(own) for own in said]), mix, uniform)
-    states, keep = clip.text_states([own[i] for own, i in zip(said, which.tolist(), strict=True)])
-    return {"text": states.cpu(), "keep_text": keep.cpu()}
+@torch.no_grad()
+def text_states(clip: Clip, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """As Clip.text_states, of token ids (B, context): states (B, T, W) float32, and which of them are real (B, T)."""
+    from clip_train import towers
+
+    tower = getattr(clip.model, "text", clip.model)
+    tokens = towers.cut(tokens) if tower.attn_mask is not None else tokens
+    real = torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(-1, keepdim=True)
+    return towers.text_states(tower, tokens).float(), real

@@ -45,9 +45,22 @@ def density_of(config: PriorConfig | DecoderConfig) -> Callable[[Tensor], Tensor
 
 
 def load_prior(folder: Path | str, device: torch.device | str = "cpu") -> tuple[PriorDenoiser, Manifest]:
-    """A prior folder, ready for use."""
+    """A diffusion prior's folder, ready for use; baselines.open_prior opens the other kind as well."""
+    kind = kind_of(folder)
+    if kind == "contrastive":
+        raise UserError(f"{folder}/ holds a contrastive prior; a diffusion prior is needed here: unclip train prior")
+    if not kind:  # its weights would load, and mean something else
+        raise UserError(f"{folder}/ is of a version whose prior was not causal; train it again: unclip train prior")
     manifest, config = saved(folder, "prior", PriorConfig)
     return ready(PriorDenoiser(config), folder, device), manifest
+
+
+def kind_of(folder: Path | str) -> str:
+    """What a prior folder holds: "diffusion" or "contrastive"; "" if it was made before there were two."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text()).get("kind", "")
+    except (OSError, ValueError, AttributeError):
+        return "diffusion"  # saved() says what is wrong
 
 
 def load_decoder(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denoiser, Manifest]:

@@ -45,10 +45,8 @@ class Studio:
     def __init__(
         self, generator: "Generator", one_thread: Executor, telemetry: Telemetry, *, queue: int, seconds: float
     ) -> None:
-        from diffusion.generate import Sampling
-
         self.generator, self.queue, self.telemetry = generator, queue, telemetry
-        self.how = Sampling()
+        self.how = generator.how
         self.seconds_each = FIRST_GUESS
         self._jobs = Batcher(lambda jobs: [self._drawn(jobs[0])], one_thread, size=1, seconds=seconds)
         self._jobs.on_batch = telemetry.watch_queue("generator", self._jobs.__len__)
@@ -85,8 +83,9 @@ class Studio:
             mine.given_up.set()
 
     def sampling(self, steps: int, guidance: float) -> "Sampling":
-        """How to draw."""
-        return replace(self.how, steps=steps, guidance=guidance)
+        """How to draw; a decoder that was distilled to a few steps draws in these, whatever is asked for."""
+        distilled = self.generator.decoder.network.config.few_steps
+        return self.how if distilled else replace(self.how, steps=steps, guidance=guidance)
 
     def from_caption(self, caption: str, count: int, seed: int, how: "Sampling | None" = None) -> "list[Generated]":
         """count pictures of a caption, with seeds seed, seed + 1, ..."""
@@ -154,7 +153,7 @@ def open_generator(decoder: Path | str, prior: Path | str | None, clip: Path | s
 
 def png(picture: Any, provenance: dict[str, Any] | None = None) -> bytes:
     """A PNG file, with the picture's record if one is given."""
-    from diffusion.generate import save_png
+    from diffusion.provenance import save_png
 
     file = io.BytesIO()
     if provenance is None:

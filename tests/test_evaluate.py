@@ -62,9 +62,10 @@ def test_several_captions_of_one_picture_share_its_answer():
 
 def test_round_trip_of_the_true_embeddings_is_perfect_and_of_others_is_chance():
     all_rows, picked = tiny.unit_rows(1000, 64), np.arange(0, 1000, 2)
-    assert round_trip(all_rows[picked], picked, all_rows) == pytest.approx(
-        {"top1": 1, "top10": 1, "median_rank": 1, "cosine": 1}
-    )
+    perfect = round_trip(all_rows[picked], picked, all_rows)
+    assert [perfect[name] for name in ("top1", "top10", "median_rank", "cosine")] == pytest.approx([1, 1, 1, 1])
+    assert perfect["interval"]["top1"] == pytest.approx([0.9924, 1], abs=1e-4)  # Wilson's for 500 of 500
+    assert (perfect["count"], perfect["rows"]) == (500, 1000)
     lost, luck = round_trip(tiny.unit_rows(500, 64, seed=1), picked, all_rows), chance(picked, 1000)
     assert luck == pytest.approx({"top1": 0.001, "top10": 0.01, "median_rank": 500.5})
     assert lost["top10"] == pytest.approx(0.01, abs=0.015) and lost["median_rank"] == pytest.approx(500, rel=0.15)

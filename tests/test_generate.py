@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,14 +14,19 @@ from clip_train.fit import FitConfig
 from clip_train.folder import read_manifest
 from clip_train.model import Clip
 from clip_train.settings import UserError
-from diffusion.decoder import DecoderConfig
+from diffusion.copies import CopyCheck
+from diffusion.decoder import DecoderConfig, DecoderDenoiser
 from diffusion.evaluate import evaluate_loop_folders
 from diffusion.evaluate_prior import evaluate_prior_folder
-from diffusion.generate import Generator, Sampling, read_captions, read_provenance, save_png
+from diffusion.generate import CANDIDATES, Generator, Sampling, read_captions, to_pixels
 from diffusion.prior import PriorConfig
+from diffusion.provenance import read_provenance, save_png
+from diffusion.samplers import SampleNoise, sample
+from diffusion.steering import look
 from diffusion.train_decoder import DECODER_PRESETS, train_decoder
 from diffusion.train_prior import PRIOR_PRESETS, train_prior
 from diffusion.trained import load_decoder, settings
+from diffusion.upsample import UpsamplerConfig, UpsamplerDenoiser
 
 FEW = FitConfig(steps=3, batch_size=4, ema=0.5, precision="fp32")
 DECODER = DecoderConfig(
@@ -90,6 +96,274 @@ def test_every_caption_gives_a_picture_of_the_decoders_size(generator):
     assert [one.provenance["seed"] for one in made] == [0, 1, 2, 3]
 
 
+@pytest.fixture(scope="module")
+def wild(house, generator):
+    """The generator with large random weights, whose conditions all make a difference, and a weaker one beside it."""
+    torch.manual_seed(0)
+    decoders = [copy.deepcopy(generator.decoder), copy.deepcopy(generator.decoder)]
+    for decoder, size in zip(decoders, (0.12, 0.06), strict=True):
+        for name, weight in decoder.named_parameters():
+            if "norm" not in name:
+                torch.nn.init.normal_(weight, std=size)
+    prints = {**generator.fingerprints, "guide": "sha256:weak"}
+    return Generator(generator.clip, generator.prior, decoders[0], guide=decoders[1], fingerprints=prints)
+
+
+class Counted:
+    """A decoder that counts its calls and their samples."""
+
+    def __init__(self, decoder):
+        self.decoder, self.network, self.calls = decoder, decoder.network, []
+
+    def __call__(self, x, sigma, cond):
+        self.calls.append(len(x))
+        return self.decoder(x, sigma, cond)
+
+
+def drawn(generator, captions=CAPTIONS[:2], **change):
+    how = Sampling(**{"steps": 2, "prior_steps": 1, "sampler": "euler"} | change)
+    return generator.from_captions(captions, range(5, 5 + len(captions)), how)
+
+
+def calls_of(generator, **change):
+    counted = copy.copy(generator)
+    counted.network = Counted(generator.decoder)
+    drawn(counted, **change)
+    return counted.network.calls
+
+
+def test_a_step_takes_one_network_call_and_guidance_one_of_a_batch_twice_as_long(wild):
+    assert calls_of(wild, guidance=1.0) == calls_of(wild, guidance=0.0) == [2, 2]
+    assert calls_of(wild, guidance=2.0) == calls_of(wild, guidance=2.0, text_guidance=2.0) == [4, 4]
+    assert calls_of(wild, guidance=2.0, text_guidance=3.0) == [6, 6]
+    assert calls_of(wild, guidance=2.0, guidance_from=0.1, guidance_to=1.0) == [2, 2]  # sigmas are 20 and 0.01
+    assert calls_of(wild, guidance=2.0, guidance_to=1.0) == [2, 4]
+
+
+KINDS = [
+    {"guidance": 3.0, "rescale": 0.7},
+    {"guidance": 2.0, "text_guidance": 4.0},
+    {"negative": "one of many"},
+    {"autoguidance": 2.0},
+    {"self_attention": 0.5},
+    {"clip_guidance": 0.1},
+    {"candidates": 3},
+    {"guidance": 1.0, "self_attention": 0.5, "clip_guidance": 0.1, "autoguidance": 1.5, "guidance_to": 5.0},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind))
+def test_every_kind_of_guidance_changes_the_picture_at_any_batch_size_alike_and_can_be_made_again(wild, kind):
+    captions = CAPTIONS[:3]
+    made = drawn(wild, captions, steps=3, **kind)
+    how = Sampling(**made[0].provenance["sampling"])
+    alone = [wild.from_captions([caption], [5 + i], how)[0] for i, caption in enumerate(captions)]
+    plain = drawn(wild, captions, steps=3)
+    assert near(pixels(made), pixels(alone))
+    assert not all(np.array_equal(a, b) for a, b in zip(pixels(made), pixels(plain), strict=True))
+    again = wild.regenerate(json.loads(json.dumps(alone[1].provenance)))
+    assert np.array_equal(pixels([again])[0], pixels(alone)[1]) and again.provenance == alone[1].provenance
+
+
+def test_each_kind_of_guidance_is_off_at_the_strength_that_says_so(wild):
+    plain = pixels(drawn(wild))
+    for kind in ({"text_guidance": 2.0}, {"rescale": 0.7, "guidance": 2.0, "guidance_to": 1e-3, "guidance_from": 1e-4}):
+        same = np.array_equal(pixels(drawn(wild, **kind)), plain)
+        assert same == ("rescale" not in kind)  # outside its interval guidance is 1, not 2
+    itself = Generator(wild.clip, wild.prior, wild.decoder, guide=wild.decoder)
+    assert near(pixels(drawn(itself, autoguidance=3.0)), plain)
+
+
+def test_guidance_zero_draws_the_same_whatever_was_asked_for(wild):
+    first, second = (pixels(drawn(wild, [caption], guidance=0.0)) for caption in ("a fox", "two hearts"))
+    assert np.array_equal(first, second)
+    first, second = (pixels(drawn(wild, [caption])) for caption in ("a fox", "two hearts"))
+    assert not np.array_equal(first, second)
+
+
+def test_a_negative_prompt_that_is_the_prompt_leaves_nothing_to_overshoot(wild):
+    plain = wild.from_captions(["a fox"], [0], Sampling(steps=2, sampler="euler", prior_steps=1, guidance=1.0))
+    how = Sampling(steps=2, sampler="euler", prior_steps=1, guidance=7.0, negative="a fox")
+    assert near(pixels(wild.from_captions(["a fox"], [0], how)), pixels(plain))
+
+
+def test_of_several_candidates_the_one_nearest_to_the_caption_by_clip_is_kept(wild):
+    chosen = drawn(wild, ["a fox"] * 4, candidates=4)
+    first = drawn(wild, ["a fox"] * 4)
+    wanted = wild.clip.encode_text(["a fox"])[0]
+    nearness = [wild.seen([one.picture for one in made]) @ wanted for made in (chosen, first)]
+    assert (nearness[0] >= nearness[1] - 1e-6).all() and (nearness[0] > nearness[1] + 1e-4).any()
+    how = Sampling(steps=2, sampler="euler", prior_steps=1)
+    row, text, streams = (
+        wild.image_embeddings(["a fox"], [5], how),
+        ["a fox"],
+        [1, *(CANDIDATES + n for n in (1, 2, 3))],
+    )
+    each = [
+        sample("euler", wild.denoise(row, text, how), how.sigmas(), SampleNoise([5], (3, 8, 8), stream=s))
+        for s in streams
+    ]
+    best = max(each, key=lambda x0: float(wild.seen([Image.fromarray(to_pixels(x0)[0])])[0] @ wanted))
+    assert np.array_equal(np.asarray(chosen[0].picture), to_pixels(best)[0])
+
+
+def test_what_clip_sees_in_tensors_is_what_it_sees_in_pictures(generator):
+    values = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8))
+    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in values]
+    assert torch.allclose(look(generator.clip, values / 127.5 - 1), generator.seen(pictures), atol=1e-5)
+
+
+def test_a_walk_can_begin_at_a_noisy_picture(wild):
+    rows, how = torch.from_numpy(tiny.unit_rows(2, 32)), Sampling(steps=3)
+    whole = wild.walk(rows, None, [3, 4], how)
+    noise = SampleNoise([3, 4], (3, 8, 8), stream=1)()
+    assert torch.equal(wild.walk(rows, None, [3, 4], how, start=how.sigma_max * noise, sigma=how.sigma_max), whole)
+    x0 = torch.linspace(-0.8, 0.8, 384).view(2, 3, 8, 8)
+    near_by = wild.walk(rows, None, [3, 4], how, start=x0 + 0.02 * noise, sigma=0.02)
+    assert (near_by - x0).abs().mean() < 0.1 and (whole - x0).abs().mean() > 0.3
+    with pytest.raises(UserError, match="begins above sigma_min"):
+        wild.walk(rows, None, [3, 4], how, start=x0, sigma=0.001)
+
+
+def test_something_can_be_put_around_the_guided_denoise(wild):
+    known = torch.linspace(-0.8, 0.8, 192).view(1, 3, 8, 8)
+    kept = wild.walk(torch.from_numpy(tiny.unit_rows(1, 32)), None, [3], around=lambda denoise: lambda x, sigma: known)
+    assert torch.allclose(kept, known, atol=1e-6)
+
+
+def test_a_picture_is_the_same_alone_and_among_sixteen(wild):
+    rows, seeds = tiny.unit_rows(16, 32), range(100, 116)
+    many = wild.from_embeddings(rows, seeds, QUICK)
+    alone = [wild.from_embeddings(rows[i : i + 1], [seeds[i]], QUICK, batch_size=1)[0] for i in (0, 7, 15)]
+    assert near(pixels([many[i] for i in (0, 7, 15)]), pixels(alone))
+
+
+def test_the_same_seed_twice_on_a_cpu_is_the_same_picture_to_the_bit(wild):
+    rows = torch.from_numpy(tiny.unit_rows(3, 32))
+    assert torch.equal(wild.walk(rows, None, [1, 2, 3], QUICK), wild.walk(rows, None, [1, 2, 3], QUICK))
+
+
+def test_noise_on_the_embedding_is_for_decoders_that_were_trained_with_it(wild):
+    with pytest.raises(UserError, match=r"image_noise 0.5 is more than .*\(noise_image=0\)"):
+        drawn(wild, image_noise=0.5)
+    torch.manual_seed(0)
+    decoder = DecoderDenoiser(replace(wild.decoder.config, noise_image=1.0)).eval()
+    for weight in decoder.parameters():
+        torch.nn.init.normal_(weight, std=0.12)
+    noisy = Generator(wild.clip, wild.prior, decoder)
+    plain, told = drawn(noisy), drawn(noisy, image_noise=0.5)
+    assert not np.array_equal(pixels(plain)[0], pixels(told)[0])
+    assert near(
+        pixels(told)[1:], pixels(noisy.from_captions(CAPTIONS[1:2], [6], Sampling(**told[1].provenance["sampling"])))
+    )
+
+
+def test_an_upsampler_makes_every_picture_larger_and_is_part_of_its_record(wild):
+    upsampler = UpsamplerDenoiser(UpsamplerConfig(embed_dim=32, crop=16, widths=(16,), blocks=(1,))).eval()
+    prints = {**wild.fingerprints, "upsampler": "sha256:large"}
+    both = Generator(wild.clip, wild.prior, wild.decoder, upsampler=upsampler, fingerprints=prints)
+    (large,), (small,) = drawn(both, ["a fox"], upsample_steps=2), drawn(wild, ["a fox"], upsample_steps=2)
+    assert large.picture.size == (32, 32) and large.provenance["size"] == [32, 32]
+    assert large.provenance["fingerprints"]["upsampler"] == "sha256:large"
+    assert np.array_equal(pixels([both.regenerate(large.provenance)]), pixels([large]))
+    assert np.array_equal(pixels([both.regenerate(small.provenance)]), pixels([small]))  # made without it
+    with pytest.raises(UserError, match="made with upsampler"):
+        wild.regenerate(large.provenance)
+    told = both.finished(
+        torch.zeros(1, 3, 8, 8), [{"caption": "a fox"}], [5], Sampling(prior_steps=1, upsample_steps=2)
+    )
+    assert told[0].picture.size == (32, 32)  # the embedding is found from the caption
+
+
+def test_a_copy_check_leaves_the_nearest_training_picture_in_the_record(wild):
+    made = drawn(wild)
+    checked = copy.copy(wild)
+    checked.copies = CopyCheck.fit(np.concatenate([wild.seen([made[1].picture]).numpy(), tiny.unit_rows(40, 32)]))
+    first, second = (one.provenance["nearest"] for one in drawn(checked))
+    assert second["key"] == "0" and second["cosine"] > 0.999 and second["is_copy"] is True
+    assert first["cosine"] < second["cosine"] and set(first) >= {"key", "cosine", "is_copy"}
+    assert "nearest" not in made[0].provenance
+
+
+def test_records_of_before_can_still_be_made_again(wild):
+    now = drawn(wild, ["a fox"], sampler="heun")[0]
+    old = {key: value for key, value in now.provenance["sampling"].items() if key in OLD_SETTINGS}
+    again = wild.regenerate(now.provenance | {"sampling": old})
+    assert np.array_equal(pixels([again]), pixels([now])) and again.provenance == now.provenance
+
+
+OLD_SETTINGS = (
+    "steps", "sampler", "eta", "guidance", "guidance_from", "guidance_to", "clamp", "prior_steps", "prior_candidates",
+    "prior_guidance", "grid", "sigma_min", "sigma_max", "precision",
+)  # fmt: skip
+
+
+def test_a_compiled_decoder_fills_batches_up_and_gives_its_pictures_away(wild, monkeypatch):
+    shapes, buffer = [], torch.zeros(64, 3, 8, 8)
+
+    def compiler(module, **options):
+        def translated(x, sigma, cond):  # like a CUDA graph, it writes every answer to the same place
+            shapes.append(len(x))
+            buffer[: len(x)] = module(x, sigma, cond)
+            return buffer[: len(x)]
+
+        return translated
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = Generator(wild.clip, wild.prior, wild.decoder, compile=True)
+    for captions in (CAPTIONS[:4], CAPTIONS[:3], CAPTIONS[:1]):
+        made = drawn(compiled, captions, sampler="heun", steps=3)
+        assert near(pixels(made), pixels(drawn(wild, captions, sampler="heun", steps=3)))
+    assert shapes == [8] * 5 + [8] * 5 + [2] * 5  # two for each picture
+
+
+def test_a_baseline_can_stand_for_the_prior(house):
+    generator = Generator.open(house / "decoder", "knn", embeddings=house / "emb")
+    (made,) = generator.from_captions(["one of many"], how=QUICK)
+    assert {"clip", "prior", "decoder"} == set(made.provenance["fingerprints"])
+    assert np.array_equal(pixels([generator.regenerate(made.provenance)]), pixels([made]))
+
+
+def test_the_training_pictures_embeddings_are_opened_for_the_copy_check(house, monkeypatch):
+    opened = SimpleNamespace(refuse_other_clip=lambda fingerprint: opened.__dict__.update(clip=fingerprint))
+    monkeypatch.setattr(CopyCheck, "open", lambda folder: opened)  # six pictures are too few to say what a copy is
+    generator = Generator.open(house / "decoder", copies=house / "emb")
+    assert generator.copies is opened and opened.clip == generator.clip.fingerprint
+
+
+def test_a_weaker_decoder_guides_only_what_it_fits(house, tmp_path):
+    generator = Generator.open(house / "decoder", house / "prior", guide=house / "decoder")
+    (made,) = generator.from_captions(["a"], how=Sampling(steps=2, autoguidance=2.0))
+    assert made.provenance["fingerprints"]["guide"] == made.provenance["fingerprints"]["decoder"]
+    large = replace(DECODER, image_size=16)
+    train_decoder(house / "shards", house / "clip", tmp_path / "large", large, FEW, device="cpu")
+    with pytest.raises(UserError, match="draws 16 px and .* 8 px"):
+        Generator.open(house / "decoder", house / "prior", guide=tmp_path / "large")
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"autoguidance": 2.0}, "--guide"),
+        ({"text_guidance": 2.0}, "needs captions"),
+        ({"negative": "fox"}, "--prior"),
+        ({"candidates": 2}, "--clip"),
+        ({"clip_guidance": 0.1}, "--clip"),
+    ],
+)
+def test_guidance_that_the_models_cannot_give_is_refused_before_anything_is_drawn(generator, setting, message):
+    bare = Generator(None, None, generator.decoder)
+    with pytest.raises(UserError, match=message):
+        bare.from_embeddings(tiny.unit_rows(1, 32), how=Sampling(**setting))
+
+
+@pytest.mark.parametrize("setting", ["guidance", "text_guidance", "self_attention", "clip_guidance", "rescale", "eta"])
+def test_settings_out_of_their_range_are_refused(setting):
+    for value in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"{setting} {value}"):
+            Sampling(**{setting: value})
+
+
 @pytest.mark.parametrize("sampler", ["heun", "ddim", "ddpm"])
 def test_the_same_seed_gives_the_same_picture_at_any_batch_size(generator, sampler):
     how = Sampling(steps=3, prior_steps=2, sampler=sampler, eta=0.5)
@@ -108,8 +382,14 @@ def test_guidance_and_clamp_and_steps_change_the_picture(generator):
 
 
 def test_steps_and_guidance_of_the_prior_change_the_embedding(generator):
+    lively = copy.copy(generator)
+    lively.prior = copy.deepcopy(generator.prior)
+    torch.manual_seed(0)
+    for weight in lively.prior.parameters():  # three steps of training leave its silent layers all but silent
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
     base, steps, guided = (
-        generator.image_embeddings(CAPTIONS[:1], [1], Sampling(prior_steps=s, prior_guidance=g))
+        lively.image_embeddings(CAPTIONS[:1], [1], Sampling(prior_steps=s, prior_guidance=g))
         for s, g in ((2, 1.0), (4, 1.0), (2, 8.0))
     )
     assert not torch.allclose(base, steps) and not torch.allclose(base, guided)
@@ -211,11 +491,11 @@ def test_the_decoder_is_shown_each_pictures_own_embedding(house, monkeypatch, tm
 
     own = Clip.load(house / "clip").encode_image(Pictures(ShardSet(str(house / "shards")), 16).pixels(seen["row"]))
     assert torch.allclose(seen["image"], own, atol=1e-3)
-    assert seen["text"].shape[0] == 4 and seen["keep_text"].dtype == torch.bool
+    assert seen["tokens"].shape == (4, 16) and seen["tokens"].dtype == torch.int64
 
 
 def test_the_house_can_be_evaluated_and_other_clips_embeddings_are_refused(house, tmp_path):
-    table = evaluate_prior_folder(house / "emb", house / "prior")
+    table = evaluate_prior_folder(house / "emb", house / "prior").figures
     assert set(table) >= {"prior", "prior mean", "ridge", "text", "mean image", "unrelated"}
     numbers, sheet = evaluate_loop_folders(house / "emb", house / "prior", house / "decoder", count=3, how=QUICK)
     assert set(numbers) == {"true", "prior", "text", "chance"} and sheet.width > 100

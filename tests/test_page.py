@@ -19,8 +19,9 @@ from clip_train.embed import embed
 from clip_train.fit import FitConfig
 from clip_train.shards import write_shards
 from diffusion.decoder import DecoderConfig
-from diffusion.generate import Generator, read_provenance
+from diffusion.generate import Generator
 from diffusion.prior import PriorConfig
+from diffusion.provenance import read_provenance
 from diffusion.train_decoder import train_decoder
 from diffusion.train_prior import train_prior
 from retrieval.index import build_index

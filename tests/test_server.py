@@ -32,8 +32,9 @@ from clip_train.model import Clip
 from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore
 from diffusion.decoder import DecoderConfig
-from diffusion.generate import Generator, read_provenance
+from diffusion.generate import Generator
 from diffusion.prior import PriorConfig
+from diffusion.provenance import read_provenance
 from diffusion.train_decoder import train_decoder
 from diffusion.train_prior import train_prior
 from retrieval import batcher, changes

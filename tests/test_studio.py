@@ -18,7 +18,7 @@ from retrieval.telemetry import Telemetry
 class SlowGenerator:
     """Draws grey pictures in a hundred steps; waits at a gate after the first one."""
 
-    clip = None
+    clip = how = None
 
     def __init__(self):
         self.begun, self.gate, self.steps = threading.Event(), threading.Event(), 0

@@ -1,0 +1,111 @@
+"""What prior and decoder reach on captioned pictures: figures as json, a markdown page, and sheets to look at.
+
+    python benchmarks/unclip_quality.py --train 'D/train-*.tar' --seen 'D/seen-*.tar' --val 'D/val-*.tar' --clip clip \\
+        --work DIR [--prior-set minutes=5] [--decoder-preset laptop] [--decoder-set minutes=60] [--count 400] \\
+        [--upsampler upsampler]
+
+All of it by the command line that a user has, one command after the other; each is resumed or found done when this is
+started again. `seen`: new drawings of trained concepts; `val`: concepts that training never saw. Sheets: 64 captions of
+`val` in three styles, variations, interpolations, text diffs, guidance; DIR/figures.md holds the tables.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+STYLES = ("a flat picture of a {}", "a glossy picture of a {}", "a 3d rendered picture of a {}")
+DIFFS = ("red apple", "green apple"), ("grinning face", "crying face"), ("cat", "dog"), ("sun", "moon")
+WAYS = ("true", "prior", "text")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("train", "seen", "val"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--clip", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--prior-set", action="append", default=[])
+    parser.add_argument("--decoder-preset", default="laptop")
+    parser.add_argument("--decoder-set", action="append", default=[])
+    parser.add_argument("--upsampler", type=Path)
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    work = options.work
+    work.mkdir(parents=True, exist_ok=True)
+
+    def unclip(*words: object, out: str | None = None) -> Path | None:
+        """Run a command; one that writes a file `out` is left out if the file is there."""
+        path = work / out if out else None
+        if path is None or not path.exists():
+            command = [sys.executable, "-m", "cli", *map(str, words), "--device", options.device]
+            print("unclip", *command[3:], file=sys.stderr, flush=True)
+            subprocess.run([*command, *(["--out", str(path)] if path else [])], check=True)
+        return path
+
+    for name in ("train", "seen", "val"):
+        spec = getattr(options, name)
+        unclip("embed", "--shards", spec, "--clip", options.clip, "--out", work / f"emb-{name}")
+    pairs = [word for pair in options.prior_set for word in ("--set", pair)]
+    unclip("train", "prior", "--embeddings", work / "emb-train", "--out", work / "prior", *pairs)
+    pairs = [word for pair in options.decoder_set for word in ("--set", pair)]
+    unclip(
+        "train", "decoder", "--shards", options.train, "--clip", options.clip, "--preset", options.decoder_preset,
+        "--out", work / "decoder", *pairs,
+    )  # fmt: skip
+
+    models = ("--prior", work / "prior", "--decoder", work / "decoder")
+    made: dict[str, dict] = {}
+    for name in ("seen", "val"):
+        held = ("--embeddings", work / f"emb-{name}")
+        prior = unclip("evaluate", "prior", *held, "--prior", work / "prior", out=f"prior-{name}.json")
+        made[f"prior-{name}"] = json.loads(prior.read_text())
+        drawn = unclip(
+            "evaluate", "ablation", *held, *models, "--features", "clip", "--features", "efficientnet-lite0",
+            "--count", options.count, "--set", "precision=auto", "--pictures", work / f"drawn-{name}",
+            "--sheet", work / f"ablation-{name}.png", out=f"ablation-{name}.json",
+        )  # fmt: skip
+        made[f"ablation-{name}"] = json.loads(drawn.read_text())
+    unclip(
+        "evaluate", "sweep", "--embeddings", work / "emb-val", *models, "--guidance", "1,1.5,2,3,4", "--steps", "12",
+        "--sampler", "dpmpp_2m", "--count", options.count // 2, "--set", "precision=auto", "--features", "clip",
+        "--features", "efficientnet-lite0", "--out", work / "guidance",
+    )  # fmt: skip
+    sheets(unclip, options, models)
+    page = [f"# {options.decoder_preset} decoder and its prior, {options.count} pictures a row\n"]
+    for name, figures in made.items():
+        page.append(f"## {name}\n\n```json\n{json.dumps(figures, indent=1)}\n```\n")
+    (work / "figures.md").write_text("\n".join(page))
+
+
+def sheets(unclip, options: argparse.Namespace, models: tuple) -> None:
+    """Pictures to look at: eight rows of eight held-out concepts, three rows a style; what one does in the space."""
+    import pandas as pd
+
+    work = options.work
+    table = pd.concat(pd.read_parquet(path) for path in sorted((work / "emb-val" / "metadata").glob("*.parquet")))
+    labels = sorted(set(table["label"].dropna()))
+    chosen = [labels[i * len(labels) // 64] for i in range(64)]
+    more = ("--upsampler", options.upsampler) if options.upsampler else ()
+    for style in STYLES:
+        name = style.split()[1]
+        (work / f"captions-{name}.txt").write_text("\n".join(style.format(label) for label in chosen))
+        unclip(
+            "generate", "--file", work / f"captions-{name}.txt", *models, *more, "--set", "precision=auto",
+            "--out", work / f"pictures-{name}", "--sheet", work / f"sheet-{name}.png",
+        )  # fmt: skip
+    keys = [table["image_path"].iloc[i * len(table) // 6] for i in range(6)]
+    held = ("--embeddings", work / "emb-val")
+    decoder = models[2:]
+    for key in keys[:3]:
+        unclip("vary", "--key", key, *held, *decoder, "--count", 8, "--out", work / f"vary-{key}",
+               "--sheet", work / f"vary-{key}.png")  # fmt: skip
+    for a, b in zip(keys[::2], keys[1::2], strict=True):
+        unclip("interpolate", "--key", a, "--key", b, *held, *decoder, "--frames", 8, "--out", work / f"way-{a}-{b}",
+               "--sheet", work / f"way-{a}-{b}.png")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
