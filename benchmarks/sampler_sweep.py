@@ -10,14 +10,16 @@ DDPM's steps: the variance of the pictures falls, and they are far from real one
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from clip_train.console import Bars, print_table
-from diffusion.examine import Exam, Way, open_generator, open_held
-from diffusion.generate import Sampling
-from diffusion.report_figures import sweep_table
-from diffusion.sweep import plan, sweep
+sys.path.pop(0)  # this folder: a benchmark beside this one has the name of the package
+from clip_train.console import Bars, print_table  # noqa: E402
+from diffusion.examine import Exam, Way, open_generator, open_held  # noqa: E402
+from diffusion.generate import Sampling  # noqa: E402
+from diffusion.report_figures import sweep_table  # noqa: E402
+from diffusion.sweep import plan, sweep  # noqa: E402
 
 ETAS = [0.0, 0.5, 1.0]
 

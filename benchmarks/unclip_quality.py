@@ -15,9 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.pop(0)  # this folder: a benchmark beside this one has the name of the package
+
+from diffusion.report_figures import exam_tables, sweep_table  # noqa: E402
+
 STYLES = ("a flat picture of a {}", "a glossy picture of a {}", "a 3d rendered picture of a {}")
-DIFFS = ("red apple", "green apple"), ("grinning face", "crying face"), ("cat", "dog"), ("sun", "moon")
-WAYS = ("true", "prior", "text")
+DRAWN = ("--sampler", "dpmpp_2m", "--steps", "12", "--set", "precision=auto")
+DIFFS = ("crying face", "relieved face"), ("green square", "red square"), ("peach", "green apple"), ("cow", "goat")
 
 
 def main() -> None:
@@ -64,47 +68,90 @@ def main() -> None:
         made[f"prior-{name}"] = json.loads(prior.read_text())
         drawn = unclip(
             "evaluate", "ablation", *held, *models, "--features", "clip", "--features", "efficientnet-lite0",
-            "--count", options.count, "--set", "precision=auto", "--pictures", work / f"drawn-{name}",
+            "--count", options.count, *DRAWN, "--pictures", work / f"drawn-{name}",
             "--sheet", work / f"ablation-{name}.png", out=f"ablation-{name}.json",
         )  # fmt: skip
         made[f"ablation-{name}"] = json.loads(drawn.read_text())
     unclip(
-        "evaluate", "sweep", "--embeddings", work / "emb-val", *models, "--guidance", "1,1.5,2,3,4", "--steps", "12",
-        "--sampler", "dpmpp_2m", "--count", options.count // 2, "--set", "precision=auto", "--features", "clip",
-        "--features", "efficientnet-lite0", "--out", work / "guidance",
+        "evaluate", "sweep", "--embeddings", work / "emb-val", *models, "--guidance", "1,1.5,2,3", *DRAWN,
+        "--count", options.count // 2, "--features", "clip", "--features", "efficientnet-lite0",
+        "--out", work / "guidance",
     )  # fmt: skip
     sheets(unclip, options, models)
-    page = [f"# {options.decoder_preset} decoder and its prior, {options.count} pictures a row\n"]
+    page = [f"# What the {options.decoder_preset} decoder and its prior reach\n"]
     for name, figures in made.items():
-        page.append(f"## {name}\n\n```json\n{json.dumps(figures, indent=1)}\n```\n")
+        page.append(f"## {name}\n")
+        tables = exam_tables(figures) if "ways" in figures else [prior_table(figures)]
+        page += [markdown(*table) for table in tables]
+        page += [figures["best"] + "\n"] if "best" in figures else []
+    page += ["## guidance, val\n", markdown(*sweep_table(json.loads((work / "guidance" / "table.json").read_text())))]
     (work / "figures.md").write_text("\n".join(page))
+    print("\n".join(page))
+
+
+def prior_table(figures: dict) -> tuple[str, tuple, list]:
+    """The figures of `evaluate prior` as rows, intervals in brackets."""
+    names = ("cosine", "top1", "top10", "median_rank", "gap")
+    rows = []
+    for guess, numbers in figures.items():
+        if isinstance(numbers, dict):
+            cells = [f"{numbers[name]:.3f}" if name in numbers else "" for name in names]
+            between = numbers.get("interval", {})
+            more = [" [{:.3f}, {:.3f}]".format(*between[name]) if name in between else "" for name in names]
+            rows.append((guess, *(cell + extra for cell, extra in zip(cells, more, strict=True))))
+    return "guesses of the image embedding; [95 % interval over labels]", ("guess", *names), rows
+
+
+def markdown(title: str, head: tuple, rows: list) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return f"{title}\n\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def sheets(unclip, options: argparse.Namespace, models: tuple) -> None:
     """Pictures to look at: eight rows of eight held-out concepts, three rows a style; what one does in the space."""
-    import pandas as pd
-
     work = options.work
-    table = pd.concat(pd.read_parquet(path) for path in sorted((work / "emb-val" / "metadata").glob("*.parquet")))
-    labels = sorted(set(table["label"].dropna()))
+    labels = sorted(set(metadata(work / "emb-val")["label"].dropna()))
     chosen = [labels[i * len(labels) // 64] for i in range(64)]
     more = ("--upsampler", options.upsampler) if options.upsampler else ()
     for style in STYLES:
         name = style.split()[1]
         (work / f"captions-{name}.txt").write_text("\n".join(style.format(label) for label in chosen))
         unclip(
-            "generate", "--file", work / f"captions-{name}.txt", *models, *more, "--set", "precision=auto",
+            "generate", "--file", work / f"captions-{name}.txt", *models, *more, *DRAWN,
             "--out", work / f"pictures-{name}", "--sheet", work / f"sheet-{name}.png",
         )  # fmt: skip
-    keys = [table["image_path"].iloc[i * len(table) // 6] for i in range(6)]
-    held = ("--embeddings", work / "emb-val")
-    decoder = models[2:]
-    for key in keys[:3]:
-        unclip("vary", "--key", key, *held, *decoder, "--count", 8, "--out", work / f"vary-{key}",
-               "--sheet", work / f"vary-{key}.png")  # fmt: skip
-    for a, b in zip(keys[::2], keys[1::2], strict=True):
-        unclip("interpolate", "--key", a, "--key", b, *held, *decoder, "--frames", 8, "--out", work / f"way-{a}-{b}",
-               "--sheet", work / f"way-{a}-{b}.png")  # fmt: skip
+    for name in ("seen", "val"):
+        table = metadata(work / f"emb-{name}")
+        keys = [table["image_path"].iloc[i * len(table) // 6] for i in range(6)]
+        held = ("--embeddings", work / f"emb-{name}")
+        for key in keys[:3]:
+            unclip("vary", "--key", key, *held, *models[2:], "--count", 8, *DRAWN, "--out", work / f"vary-{key}",
+                   "--sheet", work / f"vary-{key}.png")  # fmt: skip
+        for a, b in zip(keys[::2], keys[1::2], strict=True):
+            unclip("interpolate", f"key:{a}", f"key:{b}", *held, *models[2:], "--frames", 8,
+                   "--out", work / f"way-{a}-{b}", "--sheet", work / f"way-{a}-{b}.png")  # fmt: skip
+    edits(unclip, options, models)
+
+
+def edits(unclip, options: argparse.Namespace, models: tuple) -> None:
+    """Text diffs of pictures of `seen`, through their own noise."""
+    from clip_train.shards import ShardSet
+
+    work, table = options.work, metadata(options.work / "emb-seen")
+    shards = ShardSet(options.seen)
+    for source, target in DIFFS:
+        found = table["image_path"][table["label"] == source]
+        if len(found):
+            picture = work / f"{source.replace(' ', '-')}.png"
+            picture.write_bytes(shards.picture(shards.row_of(found.iloc[0])))
+            unclip("edit", picture, "--from", source, "--to", target, *models[2:], "--clip", options.clip,
+                   "--out", work / f"edit-{picture.stem}", "--sheet", work / f"edit-{picture.stem}.png")  # fmt: skip
+
+
+def metadata(embeddings: Path):
+    import pandas as pd
+
+    return pd.concat(pd.read_parquet(path) for path in sorted((embeddings / "metadata").glob("*.parquet")))
 
 
 if __name__ == "__main__":

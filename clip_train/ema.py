@@ -132,7 +132,7 @@ def read_snapshots(folder: Path | str) -> list[Snapshot]:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged or not a snapshot ({error}); remove it to go without it") from error
     if not found:
-        raise UserError(f"{folder}/ holds no snapshots to average; train it with --set ema_snapshots=8")
+        raise UserError(f"{folder}/ holds no snapshots to average; train it with --set ema_snapshots=16")
     return sorted(found, key=lambda one: (one.step, one.gamma))
 
 

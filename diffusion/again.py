@@ -76,13 +76,14 @@ def _drawn(
         known = {source.sha256: source for source in sources}
         ends = [None if end is None else known[end] for end in task["ends"]]
         own_rows = [row if end is None else end.row(generator.clip) for end in ends]
-        x = between_noises(generator, np.stack(own_rows), [task["share"]], seed, how, ends)
+        ends_rows = np.stack(own_rows)
+        noise = lambda: between_noises(generator, ends_rows, rows, [task["share"]], seed, how, ends)  # noqa: E731
     elif name in ("vary", "edit"):
-        x = picture_noise(generator, sources[0].row(generator.clip)[None], sources, how)
+        noise = lambda: picture_noise(generator, sources[0].row(generator.clip)[None], sources, how)  # noqa: E731
     else:
         raise UserError(f"the picture's record says {name!r}, which this unclip cannot do; its tasks: {', '.join(OWN)}")
     told = {key: value for key, value in task.items() if key != "embedding"}
-    return redrawn(generator, rows, x, [seed], how, [told])[0]
+    return redrawn(generator, rows, noise, [seed], how, [told])[0]
 
 
 def _found(told: dict[str, str], sources: Sequence[Source]) -> Source:

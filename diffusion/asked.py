@@ -13,9 +13,9 @@ from clip_train.fit import resolved_precision
 from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.sheet import contact_sheet, save_sheet
 from clip_train.store import EmbeddingStore, read_vectors
-from diffusion.gallery import Gallery, read_record
+from diffusion.gallery import Gallery
 from diffusion.generate import Generated, Generator, Sampling
-from diffusion.manipulate import frames_of, told
+from diffusion.manipulate import frames_of
 from diffusion.neighbours import key_row, nearest
 from diffusion.samplers import OnStep
 
@@ -93,8 +93,7 @@ class Asked:
         more = {"batch_size": len(self), "on_step": on_step}
         if self.rows is None:
             return generator.from_captions(self.captions, seeds, how, **more)
-        made = generator.from_embeddings(self.rows, seeds, how, captions=self.captions, **more)
-        return made if self.tasks is None else [told(one, task) for one, task in zip(made, self.tasks, strict=True)]
+        return generator.from_embeddings(self.rows, seeds, how, captions=self.captions, tasks=self.tasks, **more)
 
 
 def fill(
@@ -136,10 +135,9 @@ def fill(
 def drawn(asked: Asked, generator: Generator, gallery: Gallery | None, seed: int, how: Sampling) -> Generated:
     """One picture, from the gallery if it is there, and put there if not."""
     (record,) = asked.records(generator, [seed], how)
-    path = gallery and gallery.find(record)
-    if path:
-        with Image.open(path) as picture:
-            return Generated(picture.convert("RGB"), read_record(path))
+    known = gallery and gallery.recall(record)
+    if known:
+        return known
     (made,) = asked.draw(generator, [seed], how)
     if gallery:
         gallery.add(made)

@@ -47,7 +47,7 @@ def edit(picture, key, text, source, strength, **options: Any) -> None:
     strengths = numbers(strength, "--strength")
     if bool(picture) == bool(key):
         raise UserError("give a picture, or a sample's --key: one of the two")
-    drawing = Drawing("edit", options, sees=True, base=None if key else FAITHFUL, given=[picture])
+    drawing = Drawing("edit", options, sees=True, base=None if key else FAITHFUL, given=[picture], count=len(strengths))
     point = drawing.point(f"key:{key}" if key else f"image:{picture}")
     made = edit(
         drawing.generator, point.row, text, drawing.seed, drawing.how, source=source, strength=strengths,
@@ -75,7 +75,8 @@ def img2img(picture, caption, strength, count, **options: Any) -> None:
     from diffusion.img2img import img2img
     from diffusion.source import Source
 
-    drawing, given = Drawing("img2img", options, sees=True, given=[picture]), Source.open(picture)
+    given = Source.open(picture)
+    drawing = Drawing("img2img", options, sees=True, given=[picture], count=count)
     rows, seeds, captions = towards(drawing, given, caption, count)
     made = img2img(
         drawing.generator, rows, given, seeds, drawing.how, captions=captions, strength=strength,
@@ -98,12 +99,12 @@ def inpaint(picture, caption, mask, repeats, count, **options: Any) -> None:
     \b
     Example:  unclip inpaint fox.png "a fox with a hat" --mask hat.png --prior prior --decoder decoder --count 4
     """
-    from diffusion.inpaint import BESIDE, REPEATS, inpaint
+    from diffusion.inpaint import REPEATS, inpaint
     from diffusion.source import Source, mask_pixels, read_mask
 
     given, masked = Source.open(picture), Source.open(mask)
     marks = read_mask(masked, given)
-    drawing = Drawing("inpaint", options, sees=True, base=BESIDE, given=[picture, mask])
+    drawing = Drawing("inpaint", options, sees=True, given=[picture, mask], count=count)
     mask_pixels(marks, drawing.generator.size)  # complain before the prior is at work
     rows, seeds, captions = towards(drawing, given, caption, count)
     repeats = repeats or REPEATS
@@ -136,7 +137,7 @@ def outpaint(picture, caption, left, right, top, bottom, factor, repeats, count,
               unclip outpaint fox.png "a fox in the snow" --factor 1.5 --prior prior --decoder decoder
     """
     from clip_train.settings import UserError
-    from diffusion.inpaint import BESIDE, REPEATS
+    from diffusion.inpaint import REPEATS
     from diffusion.outpaint import canvas, margins_of, outpaint
     from diffusion.source import Source
 
@@ -148,7 +149,7 @@ def outpaint(picture, caption, left, right, top, bottom, factor, repeats, count,
             )
         margins = margins_of(given.picture, factor)
     canvas(given.picture, margins, 64)  # complain before anything is loaded
-    drawing = Drawing("outpaint", options, sees=True, base=BESIDE, given=[picture])
+    drawing = Drawing("outpaint", options, sees=True, given=[picture], count=count)
     rows, seeds, captions = towards(drawing, given, caption, count)
     repeats = repeats or REPEATS
     made = outpaint(

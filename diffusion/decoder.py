@@ -45,7 +45,7 @@ class DecoderConfig:
     drop_text: float = 0.5  # share of samples that lose their text tokens
     noise_image: float = 0.0  # largest std of the noise added to the embedding (times sqrt(D)) in training; 0: none
     caption_mix: tuple[float, ...] = ()  # weights of a picture's 1st, 2nd, ... caption, see captions.pick_caption
-    predict: str = "edm"  # what the network puts out: edm, v, x0, eps
+    predict: str = "edm"  # what the network puts out: edm, v, x0, eps, flow
     sigma_data: float = 0.5  # std of a pixel in [-1, 1]
     density: str = "log_normal"  # of sigma in training (schedule.DENSITIES)
     sigma_mean: float = -0.8  # of ln sigma, for log_normal: where training looks most
@@ -67,6 +67,9 @@ class DecoderConfig:
             raise UserError(f"decoder: no network {self.network!r}: take {', '.join(PLANS)}")
         if min(self.noise_image, self.align, self.few_steps) < 0:
             raise UserError("decoder: noise_image, align and few_steps must be at least 0")
+        for name in ("dropout", "drop_image", "drop_text"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"decoder: {name} {getattr(self, name)} must be in [0, 1]")
         sizes = (self.image_size, self.patch, self.head_width, self.cond_width, self.image_tokens, *self.widths)
         if min(sizes) < 1 or not self.widths:
             raise UserError(f"decoder: sizes and widths must be at least 1, not {min(sizes)}")

@@ -29,7 +29,7 @@ class DistillConfig:
     stages: tuple[int, ...] = ()  # steps of the students on the way, each the next one's teacher; (): 4, 2, 1
     teacher_steps: int = 8  # of Heun's method (two calls each), by which the first teacher walks
     guidance: float = 2.0  # of the first teacher: baked in
-    clamp: float = 0.995  # likewise, see Sampling.clamp
+    clamp: float = 1.0  # likewise, see Sampling.clamp
     caption_mix: tuple[float, ...] = ()  # as in DecoderConfig, for decoders that look at text
 
     def __post_init__(self) -> None:
@@ -105,19 +105,21 @@ def distillation_loss(
     steps: int,
     teacher_steps: int,
     second_order: bool,
+    guess: Tensor | float = 0.0,
 ) -> Tensor:
     """Mean weighted squared distance of the student's denoised from the one that lands where the teacher's walk does.
 
     student: (x, sigma, cond) -> denoised. teacher: denoise(x, sigma) with cond closed in, which walks `teacher_steps` /
     `steps` steps while the student does one. x0, noise: (B, ...); uniform: (B,) in (0, 1), says from which of the
-    student's levels; weight: of sigma, usually Scaling.weight. The first level is reached by noise alone, as when a
-    picture is drawn. Returns a scalar; it has no floor, as the target is a function of x: expect 0.01 to 0.1.
+    student's levels; weight: of sigma, usually Scaling.weight. At the first level there is
+    noise alone, around guess (B, ...), the decoder's linear one, as when a picture is drawn. Returns a scalar; it has
+    no floor, as the target is a function of x: expect 0.01 to 0.1.
     """
     grid = few_sigmas(teacher_steps).to(x0)
     jump = teacher_steps // steps
     place = (uniform * steps).long().clamp(max=steps - 1) * jump
     now, after = grid[place], grid[place + jump]
-    x = torch.where(_each(place, x0) > 0, x0, torch.zeros_like(x0)) + _each(now, x0) * noise
+    x = torch.where(_each(place, x0) > 0, x0, guess) + _each(now, x0) * noise
     landed = walk_on(teacher, x, grid, place, jump, second_order)
     target = denoised_to_land(x, landed, now, after)
     return (weight(now) * (student(x, now, cond) - target).square().flatten(1).mean(1)).mean()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from clip_train.console import CONTEXT, Bars, say
-from diffusion.drawing_options import FILE, Drawing, model_options, numbers, sampling_options, write_sheet
+from diffusion.drawing_options import FILE, Drawing, model_options, numbers, sampling_options, tell_copies, write_sheet
 
 
 @click.command(context_settings=CONTEXT)
@@ -44,7 +44,7 @@ def generate(
     """
     from clip_train.settings import UserError
     from diffusion.asked import fill
-    from diffusion.gallery import Gallery
+    from diffusion.gallery import read_record
     from diffusion.generate import read_captions
     from diffusion.grid import axes_among, read_axis
 
@@ -65,19 +65,23 @@ def generate(
     if (keys or neighbours) and not options["embeddings"]:
         raise UserError("keys and neighbours are of an embeddings folder; say which: --embeddings emb")
     if axes:
-        draw_grid_of(texts, keys, embedding, neighbours, axes, {**options, "candidates": options.get("candidates")})
+        if count != 1 or strip:
+            raise UserError(
+                "a grid draws one picture for each setting; leave --count and --strip out, or take seed=0,1"
+            )
+        draw_grid_of(texts, keys, embedding, neighbours, axes, options)
         return
-    if not embedding:
-        Gallery(options["out"], options["form"]).room_for(len(texts or keys) * count)
-    drawing = Drawing("generate", options, sees=bool(neighbours) or (options["candidates"] or 1) > 1)
+    known = 1 if embedding else len(texts or keys) * count
+    drawing = Drawing("generate", options, sees=bool(neighbours), count=known, recalls=False)
     asked = what_is_asked(drawing, texts, keys, embedding, neighbours).repeated(count)
-    gallery = Gallery(options["out"], options["form"], drawing.generator)
-    gallery.room_for(len(asked))
+    drawing.gallery.room_for(len(asked))
     seeds, paths = range(drawing.seed, drawing.seed + len(asked)), []
     how = {"batch_size": batch_size, "strips": strip, "on_progress": Bars("generate")}
-    for path in fill(gallery, drawing.generator, asked, seeds, drawing.how, **how):
+    for path in fill(drawing.gallery, drawing.generator, asked, seeds, drawing.how, **how):
         click.echo(path)
         paths.append(path)
+    if options["copies"]:
+        tell_copies([read_record(path) for path in paths])
     if options["sheet"]:
         write_sheet(options["sheet"], paths, asked.labels)
 
@@ -104,11 +108,11 @@ def draw_again(again: Path, sources: tuple[Path, ...], options: dict[str, Any], 
     from diffusion.gallery import read_record
     from diffusion.source import Source
 
-    decided = ("seed", "steps", "sampler", "guidance", "negative", "candidates", "settings")
-    if more or any(options[name] for name in decided):
+    decided = ("steps", "sampler", "guidance", "negative", "candidates")
+    if more or options["seed"] or options["settings"] or any(options[name] is not None for name in decided):
         raise UserError("--again makes the picture as its record says; leave the other options of how to draw it out")
     record, given = read_record(again), [Source.open(path) for path in sources]
-    drawing = Drawing("generate", options, sees=sees(record), given=[again, *sources])
+    drawing = Drawing("generate", options, sees=sees(record), given=[again, *sources], recalls=False)
     drawing.write([make_again(drawing.generator, record, given)])
 
 
@@ -119,16 +123,15 @@ def draw_grid_of(
     from clip_train.settings import UserError
     from clip_train.sheet import save_sheet
     from diffusion.asked import drawn
-    from diffusion.gallery import Gallery
     from diffusion.grid import check_axes, draw_grid, grid_sheet
 
     check_axes(axes)
     sees = {"candidates", "clip_guidance"} & {axis.name for axis in axes}
-    drawing = Drawing("grid", options, sees=bool(neighbours or sees or options["candidates"]))
+    drawing = Drawing("grid", options, sees=bool(neighbours or sees), recalls=False)
     asked = what_is_asked(drawing, texts, keys, embedding, neighbours)
     if len(asked) != 1:
         raise UserError(f"a grid is of one caption, key or embedding, not of {len(asked)}")
-    gallery = Gallery(options["out"], options["form"], drawing.generator)
+    gallery = drawing.gallery
     made = list(
         draw_grid(
             lambda how, seed: drawn(asked, drawing.generator, None if gallery.one else gallery, seed, how),
@@ -171,7 +174,7 @@ def vary(picture, key, count, eta, **options: Any) -> None:
     if eta is not None and not of_picture:
         raise UserError("--eta is of a picture's own noise; variations of an embedding differ by their seeds")
     base = FAITHFUL | {"eta": 0.5} if of_picture else None
-    drawing = Drawing("vary", {**options, "eta": eta}, sees=of_picture, base=base, given=[picture])
+    drawing = Drawing("vary", {**options, "eta": eta}, sees=of_picture, base=base, given=[picture], count=count)
     point = drawing.point(name)
     made = vary(
         drawing.generator, point.row, count, drawing.seed, drawing.how, picture=point.picture, on_step=drawing.steps()
@@ -214,7 +217,9 @@ def interpolate(points, keys, frames, kind, animation, seconds, **options: Any) 
     pictured = [kind_of(name)[0] == "image" for name in names]
     kind = kind or ("both" if any(pictured) else "embedding")
     base = FAITHFUL if kind != "embedding" and any(pictured) else None
-    drawing = Drawing("interpolate", options, sees=any(pictured), base=base, given=points)
+    drawing = Drawing(
+        "interpolate", {**options, "animation": animation}, sees=any(pictured), base=base, given=points, count=frames
+    )
     ends = [drawing.point(name) for name in names]
     made = interpolate(
         drawing.generator,
@@ -252,7 +257,7 @@ def reconstruct(picture, key, pca, **options: Any) -> None:
         raise UserError("give a picture, or a sample's --key: one of the two")
     if not options["embeddings"]:
         raise UserError("the axes are those of an embeddings folder; say which: --embeddings emb")
-    drawing = Drawing("reconstruct", options, sees=not key, given=[picture])
+    drawing = Drawing("reconstruct", options, sees=not key, given=[picture], count=len(counts))
     point = drawing.point(f"key:{key}" if key else picture)
     axes = Pca.fit(drawing.store)
     made = reconstruct(drawing.generator, point.row, axes, counts, drawing.seed, drawing.how, on_step=drawing.steps())

@@ -23,6 +23,8 @@ def model_options(command: Callable) -> Callable:
     """Which models draw."""
     for option in (
         device_option,
+        click.option("--compile", is_flag=True, help="Let torch.compile translate the decoder: a minute, then faster."),
+        click.option("--copies", type=FILE, help="Embeddings of the training pictures: record each one's nearest."),
         click.option("--guide", type=FILE, help="A weaker decoder's folder, for --set autoguidance=1.5."),
         click.option("--upsampler", type=FILE, help="Upsampler folder: make the pictures larger."),
         click.option("--clip", type=FILE, help="CLIP folder; by default where the decoder says it was."),
@@ -65,21 +67,26 @@ class Drawing:
         sees: bool = False,
         base: dict[str, Any] | None = None,
         given: Sequence[Path | str | None] = (),
+        count: int = 1,
+        recalls: bool = True,
     ) -> None:
         """Check the options, then load the models. sees: whether CLIP is needed without a prior.
 
-        base: settings that are the command's own defaults. given: files that nothing may be written over.
+        base: settings that are the command's own defaults. given: files that nothing may be written over. count: of the
+        pictures. recalls: whether those that are there are not drawn again.
         """
         from clip_train.ranks import pick_device
         from clip_train.settings import override
-        from diffusion.gallery import refuse_overwriting
+        from diffusion.gallery import Gallery, refuse_overwriting
         from diffusion.generate import Generator, Sampling
 
-        for out in (options["out"], options["sheet"]):
+        for out in (options["out"], options["sheet"], options.get("animation")):
             refuse_overwriting(out, [str(name).removeprefix("image:") for name in given if name])
+        Gallery(options["out"], options["form"]).room_for(count)
         named = {name: options.get(name) for name in SAMPLING}
         pairs = [f"{name}={value}" for name, value in named.items() if value is not None] + list(options["settings"])
-        override([Sampling(**(base or {}))], pairs)  # complain before anything is loaded
+        (asked,) = override([Sampling(**(base or {}))], pairs)  # complain before anything is loaded
+        sees = sees or asked.candidates > 1 or asked.clip_guidance > 0
         self.options, self.title = options, title
         device = pick_device(options["device"])
         self.store = open_store(options["embeddings"])
@@ -91,7 +98,9 @@ class Drawing:
             guide=options["guide"],
             upsampler=options["upsampler"],
             embeddings=options["embeddings"],
+            copies=options["copies"],
             device=device,
+            compile=options["compile"],
         )
         if self.store is not None:
             from diffusion.neighbours import refuse_other_clip
@@ -100,6 +109,9 @@ class Drawing:
         own = base or {}
         self.how = override([dataclasses.replace(self.generator.how, **own)], pairs)[0]
         self.seed: int = options["seed"]
+        self.gallery = Gallery(options["out"], options["form"], self.generator)
+        if recalls:
+            self.generator.recall = self.gallery.recall
 
     def steps(self, total: int | None = None) -> Callable[[int, Any], None]:
         """on_step of a drawing of so many steps: a bar; steps counted beyond it start a new one."""
@@ -125,17 +137,23 @@ class Drawing:
 
         given: what they were made from; its pictures stand first on the sheet.
         """
-        from diffusion.gallery import Gallery
-
-        gallery = Gallery(self.options["out"], self.options["form"], self.generator)
-        gallery.room_for(len(made))
+        self.gallery.room_for(len(made))
         for one in made:
-            click.echo(gallery.find(one.provenance) or gallery.add(one))
+            click.echo(self.gallery.find(one.provenance) or self.gallery.add(one))
+        tell_copies([one.provenance for one in made])
         if self.options["sheet"]:
             sources = [getattr(one, "picture", None) for one in given]
             sources = [getattr(one, "picture", one) for one in sources if one is not None]
             made_pictures, labels = [one.picture for one in made], labels or [""] * len(made)
             write_sheet(self.options["sheet"], [*sources, *made_pictures], ["given"] * len(sources) + list(labels))
+
+
+def tell_copies(records: Sequence[dict[str, Any]]) -> None:
+    """Say how many pictures are suspiciously near to a training picture, if they were looked at for that."""
+    found = [record["nearest"] for record in records if "nearest" in record]
+    near = sum(one["is_copy"] for one in found)
+    if found:
+        say(f"{near} of {len(found)} nearer to a training picture than 95 % of those are to one another")
 
 
 def write_sheet(path: Path, pictures: Sequence[Any], labels: Sequence[str]) -> None:
@@ -180,6 +198,6 @@ def numbers(text: str, option: str, whole: bool = False) -> list:
     from clip_train.settings import UserError
 
     found = numbers_in(text, option)
-    if not found or (whole and any(number != int(number) for number in found)):
+    if not found or (whole and not all(number.is_integer() for number in found)):
         raise UserError(f"{option} {text}: expected {'whole ' if whole else ''}numbers with commas between")
     return [int(number) for number in found] if whole else found

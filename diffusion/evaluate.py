@@ -37,11 +37,13 @@ def evaluate_loop(
 
     captions[i] describes the picture of rows[picked[i]]; rows (N, D): the embeddings of all pictures to be told apart.
     labels (N,): pictures with the label of the right one are right as well. Three ways to the picture: from the "true"
-    image embedding, from the "prior"'s, and from the "text" embedding as it is.
+    image embedding, from the "prior"'s, and from the "text" embedding as it is. A decoder that reads text reads the
+    caption in all of them.
     Returns numbers (per way top1, top10, median_rank, cosine to the true row, each with its interval; under "chance"
     what luck gives) and what each way made.
     """
     picked = np.asarray(picked)
+    reads = {"captions": list(captions)} if generator.decoder.network.config.text else {}
     ways = {"true": np.asarray(rows[picked], np.float32), "prior": None, "text": clip.encode_text(list(captions))}
     if generator.prior is None:
         del ways["prior"]
@@ -51,7 +53,7 @@ def evaluate_loop(
         if way is None:
             made[name] = generator.from_captions(captions, seeds, how, **more)
         else:
-            made[name] = generator.from_embeddings(way, seeds, how, **more)
+            made[name] = generator.from_embeddings(way, seeds, how, **reads, **more)
         seen = embed_pictures(clip, [one.picture for one in made[name]], batch_size)
         numbers[name] = round_trip(seen, picked, rows, labels)
     numbers["chance"] = chance(picked, len(rows), labels)

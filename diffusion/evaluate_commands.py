@@ -276,7 +276,7 @@ def evaluate_sweep(
     from diffusion.sweep import plan, sweep
 
     counts = numbers_in(steps, "--steps")
-    if any(number != int(number) for number in counts):
+    if not all(number.is_integer() for number in counts):
         raise UserError(f"--steps {steps}: steps are whole numbers")
     generator = open_generator(decoder, prior, clip, embeddings=train, device=pick_device(device))
     rows = plan(

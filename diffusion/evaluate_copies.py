@@ -140,8 +140,12 @@ def _array(picture: Image.Image) -> np.ndarray:
 
 
 def read_pictures(paths: Sequence[Path]) -> tuple[list[Image.Image], list[str]]:
-    """PNG files, and all those below folders, as RGB; and their names. UserError: none, not square, several sizes."""
+    """PNG files, and all those below folders, as RGB; and their names. UserError: none, not square, several sizes.
+
+    What unclip puts beside the pictures of a folder, strips of their steps and the sheet of a grid, is left out.
+    """
     files = [one for path in paths for one in (sorted(path.rglob("*.png")) if path.is_dir() else [path])]
+    files = [one for one in files if one in paths or not (one.stem.endswith("-steps") or one.name == "grid.png")]
     pictures = []
     for file in files:
         try:

@@ -6,6 +6,7 @@ killed goes on where it stopped, and a run with another seed or setting puts its
 
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,14 @@ class Gallery:
         """The file with a picture made like this, if it is there; wanted: a record."""
         return None if self.one else self.there.get(_identity(wanted))
 
+    def recall(self, wanted: dict[str, Any]) -> Generated | None:
+        """The picture made like this, with its record, if it is there."""
+        path = self.find(wanted)
+        if path is None:
+            return None
+        with Image.open(path) as picture:
+            return Generated(picture.convert("RGB"), read_record(path))
+
     def add(self, made: Generated) -> Path:
         """Write a picture, whole or not at all. Returns its file."""
         if self.one:
@@ -84,6 +93,8 @@ def _drawn_by(generator: Generator, record: dict[str, Any]) -> bool:
     made_with = record.get("fingerprints")
     if not isinstance(made_with, dict) or ("upsampler" in made_with) != (generator.upsampler is not None):
         return False
+    if generator.copies is not None and "nearest" not in record:
+        return False  # it was not looked at for copies
     return all(generator.fingerprints.get(name) == fingerprint for name, fingerprint in made_with.items())
 
 
@@ -130,5 +141,5 @@ def read_record(path: Path | str) -> dict[str, Any]:
 def refuse_overwriting(out: Path | None, given: Sequence[Path | str]) -> None:
     """UserError if a picture would be written over one that it is made from."""
     for path in given:
-        if out and out.exists() and Path(path).exists() and out.samefile(path):
+        if out and os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
             raise UserError(f"{out} is what is to be changed; give the new picture another name with --out")

@@ -22,7 +22,7 @@ from clip_train.fit import autocast, resolved_precision
 from clip_train.model import Clip
 from clip_train.settings import Progress, UserError, config_from_json, config_to_json
 from diffusion.compiled import Compiled
-from diffusion.decoder import noised
+from diffusion.decoder import noised, picture_cond
 from diffusion.denoiser import Denoiser
 from diffusion.distill import few_sampling
 from diffusion.models import open_models
@@ -73,6 +73,7 @@ class Generator:
         self.upsampler, self.copies = upsampler, copies
         self.device, self.fingerprints = torch.device(device), fingerprints or {}
         self.network = Compiled(decoder) if compile else decoder
+        self.recall: Callable[[dict[str, Any]], Generated | None] | None = None  # a picture drawn before, by its record
 
     @classmethod
     def open(
@@ -134,22 +135,40 @@ class Generator:
         how: Sampling | None = None,
         *,
         captions: Sequence[str] | None = None,
+        tasks: Sequence[dict[str, Any]] | None = None,
         batch_size: int = 16,
         on_progress: Progress | None = None,
         on_step: OnStep = None,
     ) -> list[Generated]:
         """One picture per CLIP image embedding, (N, D); they need not be unit rows. on_step: see from_captions.
 
-        captions: what a decoder with text tokens reads beside each embedding.
+        captions: what a decoder with text tokens reads beside each embedding. tasks: what the records say was done.
         """
         how, rows = how or self.how, self.rows(rows)
         records = [{"embedding": base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()} for row in rows]
-        if captions is not None:
-            if len(captions) != len(rows):
-                raise UserError(f"{len(rows)} embeddings but {len(captions)} captions; give one each")
-            records = [record | {"caption": one} for record, one in zip(records, captions, strict=True)]
+        for name, given in (("caption", captions), ("task", tasks)):
+            if given is not None:
+                if len(given) != len(rows):
+                    raise UserError(f"{len(rows)} embeddings but {len(given)} {name}s; give one each")
+                records = [record | {name: one} for record, one in zip(records, given, strict=True)]
         seeds = _seeds(seeds, len(rows))
+        known = self.recalled(records, seeds, how)
+        if known is not None:
+            return known
         return list(self._drawn(rows, captions, records, seeds, how, batch_size, on_progress, on_step))
+
+    def recalled(
+        self, records: Sequence[dict[str, Any]], seeds: Sequence[int], how: Sampling | None = None
+    ) -> list[Generated] | None:
+        """The pictures with these records if `recall` knows every one of them: then there is nothing to draw."""
+        if self.recall is None:
+            return None
+        sampling = config_to_json(self._checked(how))
+        found = [
+            self.recall(record | {"seed": int(seed), "sampling": sampling})
+            for record, seed in zip(records, seeds, strict=True)
+        ]
+        return None if any(one is None for one in found) else found
 
     def rows(self, rows: np.ndarray | Tensor) -> Tensor:
         """Embeddings (N, D) of any length as unit rows on the CPU; UserError if the decoder cannot take them."""
@@ -203,6 +222,13 @@ class Generator:
         return denoise
 
     @torch.no_grad()
+    def guess(self, rows: Tensor, how: Sampling | None = None) -> Tensor:
+        """The decoder's linear guess at the pictures of unit rows (B, D), noised already: (B, 3, S, S) float32."""
+        rows, how = rows.to(self.device), how or self.how
+        noise = rows.new_full((len(rows),), how.image_noise)
+        return self.decoder.network.guess(picture_cond(rows, image_noise=noise)).float()
+
+    @torch.no_grad()
     def walk(
         self,
         rows: Tensor,
@@ -217,10 +243,11 @@ class Generator:
     ) -> Tensor:
         """Pictures x0 (B, 3, S, S) for unit rows (B, D), as one batch.
 
-        start: noisy pictures at noise level `sigma`, where the walk then begins, instead of pure noise at sigma_max.
+        start: noisy pictures at noise level `sigma`, where the walk then begins, instead of noise at sigma_max. That
+        lies around the decoder's linear guess: around nothing, all pictures would come out greyer.
         around: puts something around the guided denoise, as inpainting does. on_step: called in each candidate's walk.
         """
-        how = self._checked(how, captions)
+        how = self._checked(how, captions, sigma)
         seeds = _seeds(seeds, len(rows))
         told = rows
         if how.image_noise:
@@ -228,11 +255,12 @@ class Generator:
             told = noised(rows, rows.new_full((len(rows),), how.image_noise), noise)
         denoise = self.denoise(told, captions, how)
         denoise = around(denoise) if around else denoise
-        sigmas, given = how.sigmas(sigma), {} if start is None else {"start": start.to(self.device)}
+        sigmas, guess = how.sigmas(sigma), self.guess(told, how) if start is None else None
 
         def drawn(stream: int) -> Tensor:
             noise = SampleNoise(seeds, (3, self.size, self.size), self.device, stream=stream)
-            return sample(how.sampler, denoise, sigmas, noise, eta=how.eta, on_step=on_step, **given)
+            begin = guess + float(sigmas[0]) * noise() if start is None else start.to(self.device)
+            return sample(how.sampler, denoise, sigmas, noise, eta=how.eta, start=begin, on_step=on_step)
 
         best = drawn(1)
         if how.candidates == 1 or start is not None:  # from one start come pictures that are all alike
@@ -270,7 +298,7 @@ class Generator:
             with autocast(how.precision, self.device):
                 x0 = enlarge(
                     self.upsampler, x0.to(self.device), rows.to(self.device), list(seeds), steps=how.upsample_steps,
-                    guidance=how.upsample_guidance,
+                    guidance=how.upsample_guidance, noise_level=how.upsample_noise,
                 )  # fmt: skip
         pictures = _pictures(x0)
         found = [{} for _ in pictures]
@@ -309,13 +337,14 @@ class Generator:
             generator.upsampler = None
         try:
             how = config_from_json(Sampling, provenance["sampling"], "the picture's record")
-            seeds, caption = [provenance["seed"]], provenance.get("caption")
+            seeds = [provenance["seed"]]
             if "embedding" not in provenance:
                 return generator.from_captions([provenance["caption"]], seeds, how)[0]
             row = np.frombuffer(base64.b64decode(provenance["embedding"]), "<f4")
+            more = {name + "s": [provenance[name]] for name in ("caption", "task") if name in provenance}
+            return generator.from_embeddings(row[None], seeds, how, **more)[0]
         except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"the picture's record is damaged: {error}") from error
-        return generator.from_embeddings(row[None], seeds, how, captions=None if caption is None else [caption])[0]
+            raise UserError(f"the picture's record is damaged: {error!r}") from error
 
     @property
     def size(self) -> int:
@@ -346,10 +375,12 @@ class Generator:
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
 
-    def _checked(self, how: Sampling | None, captions: Sequence[str] | None = ()) -> Sampling:
+    def _checked(
+        self, how: Sampling | None, captions: Sequence[str] | None = (), begin: float | None = None
+    ) -> Sampling:
         """how, or the default, its precision decided on; UserError if it asks for what is not there."""
         how = how or self.how
-        refuse_impossible(self, how, captions)
+        refuse_impossible(self, how, captions, begin)
         return replace(how, precision=resolved_precision(how.precision, self.device))
 
     def _rows_of(self, records: Sequence[dict[str, Any]], seeds: Sequence[int], how: Sampling) -> Tensor:

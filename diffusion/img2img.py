@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_train.settings import UserError
 from diffusion.generate import Generated, Generator, Sampling
-from diffusion.inversion import own, refuse_choices
+from diffusion.inversion import own_records, refuse_choices
 from diffusion.samplers import OnStep, SampleNoise
 from diffusion.source import Source, to_x0
 
@@ -45,10 +45,11 @@ def img2img(
     how = how or generator.how
     refuse_choices(how, "img2img")
     sigma, rows, seeds = noise_level(strength, how), generator.rows(rows), list(seeds)
+    records = own_records({"name": "img2img", "strength": strength, "sources": [picture.told]}, rows, captions)
+    known = generator.recalled(records, seeds, how)
+    if known is not None:
+        return known
     x0 = to_x0([picture], generator.size, generator.device)
     start = x0 + sigma * SampleNoise(seeds, x0.shape[1:], generator.device, stream=STREAM)()
     made = generator.walk(rows, captions, seeds, how, start=start, sigma=sigma, on_step=on_step)
-    task = {"name": "img2img", "strength": strength, "sources": [picture.told]}
-    words = [{}] * len(rows) if captions is None else [{"caption": caption} for caption in captions]
-    records = [{"task": own(task | word, row)} for word, row in zip(words, rows.numpy(), strict=True)]
     return generator.finished(made, records, seeds, how, rows=rows)

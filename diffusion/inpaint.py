@@ -7,7 +7,6 @@ back: after a few steps down, noise is added again and the same steps are walked
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,13 +15,11 @@ from torch import Tensor
 
 from clip_train.settings import UserError
 from diffusion.generate import Generated, Generator, Sampling
-from diffusion.inversion import own, refuse_choices
+from diffusion.inversion import own_records, refuse_choices
 from diffusion.samplers import Denoise, OnStep, SampleNoise, sample
 from diffusion.source import Source, mask_pixels, to_x0
 
 REPEATS, JUMP = 4, 2  # how often each stretch is walked, and its steps
-# Dynamic thresholding scales what is new down beside what is known, once more in every repeat: it greys the picture.
-BESIDE = {"clamp": 1.0}
 
 
 def inpaint(
@@ -44,16 +41,18 @@ def inpaint(
     mask: from read_mask; mask_told: its file's name and sha256, for the record. repeats: how often every `jump` steps
     are walked, so there are about repeats * how.steps steps; 1 only replaces. captions: for decoders that read text.
     """
-    how, rows, seeds = how or replace(generator.how, **BESIDE), generator.rows(rows), list(seeds)
+    how, rows, seeds = how or generator.how, generator.rows(rows), list(seeds)
     refuse_choices(how, "inpainting")
-    painted = mask_pixels(mask, generator.size).to(generator.device)
-    known = to_x0([picture], generator.size, generator.device)
-    denoise = generator.denoise(rows, captions, how)
-    x0 = filled(generator, denoise, known, painted, seeds, how, repeats, jump, on_step)
     sources = [picture.told] + ([mask_told] if mask_told else [])
     task = {"name": "inpaint", "repeats": repeats, "jump": jump, "sources": sources}
-    words = [{}] * len(rows) if captions is None else [{"caption": caption} for caption in captions]
-    records = [{"task": own(task | word, row)} for word, row in zip(words, rows.numpy(), strict=True)]
+    records = own_records(task, rows, captions)
+    known = generator.recalled(records, seeds, how)
+    if known is not None:
+        return known
+    painted = mask_pixels(mask, generator.size).to(generator.device)
+    kept_pixels = to_x0([picture], generator.size, generator.device)
+    denoise = generator.denoise(rows, captions, how)
+    x0 = filled(generator, denoise, kept_pixels, painted, seeds, how, repeats, jump, on_step)
     return generator.finished(x0, records, seeds, how, rows=rows)
 
 

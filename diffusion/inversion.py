@@ -8,7 +8,7 @@ is found; guidance above 1 on the way forward overshoots the picture itself too.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def picture_noise(
 def redrawn(
     generator: Generator,
     rows: np.ndarray,
-    x: Tensor,
+    noise: Callable[[], Tensor],
     seeds: Sequence[int],
     how: Sampling,
     tasks: Sequence[dict[str, Any]],
@@ -60,12 +60,16 @@ def redrawn(
 ) -> list[Generated]:
     """Pictures of embeddings (B, D) from x (B, 3, S, S) at noise level how.sigma_max, instead of from their seeds.
 
-    seeds: of the noise that a sampler with eta > 0 adds. tasks: what each record says, beside the embedding.
+    noise: makes x, asked if the pictures are not known. seeds: of the noise that a sampler with eta > 0 adds. tasks:
+    what each record says, beside the embedding.
     """
     refuse_choices(how, "what keeps a picture's own noise")
     rows = generator.rows(rows)
-    x0 = generator.walk(rows, None, seeds, how, start=x, sigma=how.sigma_max, on_step=on_step)
     records = [{"task": own(task, row)} for task, row in zip(tasks, rows.numpy(), strict=True)]
+    known = generator.recalled(records, seeds, how)
+    if known is not None:
+        return known
+    x0 = generator.walk(rows, None, seeds, how, start=noise(), sigma=how.sigma_max, on_step=on_step)
     return generator.finished(x0, records, seeds, how, rows=rows)
 
 
@@ -87,6 +91,12 @@ def refuse_choices(how: Sampling, task: str) -> None:
     """UserError if the sampling asks for what only a plain drawing has."""
     if how.candidates > 1 or how.image_noise:
         raise UserError(f"{task} draws one picture of one embedding; leave candidates and image_noise out")
+
+
+def own_records(task: dict[str, Any], rows: Tensor, captions: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Records of one task for embeddings (B, D), with their captions if there are any."""
+    words = [{}] * len(rows) if captions is None else [{"caption": caption} for caption in captions]
+    return [{"task": own(task | word, row)} for word, row in zip(words, rows.numpy(), strict=True)]
 
 
 def own(task: dict[str, Any], row: np.ndarray) -> dict[str, Any]:

@@ -39,16 +39,19 @@ def vary(
     """
     rows, seeds = np.repeat(np.asarray(row, dtype=np.float32)[None], count, axis=0), range(seed, seed + count)
     if picture is None:
-        made = generator.from_embeddings(rows, seeds, how, on_step=on_step)
-        return [told(one, {"name": "vary"}) for one in made]
+        return generator.from_embeddings(rows, seeds, how, tasks=[{"name": "vary"}] * count, on_step=on_step)
     how = how or generator.how
     chosen = SAMPLERS[how.sampler]
     random = chosen.random if chosen.eta is None else how.own_eta > 0
     if not random and count > 1:
-        raise UserError("with eta 0 all variations of a picture are alike: the picture itself; set eta above 0")
-    x = picture_noise(generator, rows[:1], [picture], how, on_step=on_step).expand(count, -1, -1, -1)
+        mend = "set eta above 0" if chosen.eta is not None else f"{how.sampler} draws no noise: take ddim"
+        raise UserError(f"without fresh noise all variations of a picture are the picture itself; {mend}")
+
+    def noise() -> torch.Tensor:
+        return picture_noise(generator, rows[:1], [picture], how, on_step=on_step).expand(count, -1, -1, -1)
+
     task = {"name": "vary", "sources": [picture.told]}
-    return redrawn(generator, rows, x, seeds, how, [task] * count, on_step=on_step)
+    return redrawn(generator, rows, noise, seeds, how, [task] * count, on_step=on_step)
 
 
 def interpolate(
@@ -74,18 +77,22 @@ def interpolate(
     shares = np.linspace(0, 1, count).tolist()
     points = np.stack([slerp(rows[0], rows[1], share) for share in shares])
     if kind == "embedding":
-        made = generator.from_embeddings(points, [seed] * count, how, on_step=on_step)
-        return [told(one, {"name": "interpolate", "share": s}) for one, s in zip(made, shares, strict=True)]
-    between = between_noises(generator, rows, shares, seed, how or generator.how, pictures, on_step=on_step)
+        tasks = [{"name": "interpolate", "share": share} for share in shares]
+        return generator.from_embeddings(points, [seed] * count, how, tasks=tasks, on_step=on_step)
+    how, tasks = how or generator.how, [interpolation_task(kind, share, pictures) for share in shares]
     if kind == "noise":
         points = np.repeat(points[:1], count, axis=0)
-    tasks = [interpolation_task(kind, share, rows, pictures) for share in shares]
-    return redrawn(generator, points, between, [seed] * count, how or generator.how, tasks, on_step=on_step)
+
+    def noise() -> torch.Tensor:
+        return between_noises(generator, rows, points, shares, seed, how, pictures, on_step=on_step)
+
+    return redrawn(generator, points, noise, [seed] * count, how, tasks, on_step=on_step)
 
 
 def between_noises(
     generator: Generator,
     rows: np.ndarray,
+    points: np.ndarray,
     shares: Sequence[float],
     seed: int,
     how: Sampling,
@@ -93,18 +100,23 @@ def between_noises(
     *,
     on_step: OnStep = None,
 ) -> torch.Tensor:
-    """x (len(shares), 3, S, S) at how.sigma_max, from the first end's noise to the second's; see interpolate."""
+    """x (len(shares), 3, S, S) at how.sigma_max, from the first end's noise to the second's; see interpolate.
+
+    rows: of the ends. points (len(shares), D): what is drawn with it; a noise lies around their linear guess.
+    """
     ends = []
     for number, picture in enumerate(pictures):
         if picture is None:
             noise = SampleNoise([seed + number], (3, generator.size, generator.size), generator.device, stream=1)
             ends.append(how.sigma_max * noise()[0])
         else:
-            ends.append(picture_noise(generator, rows[number][None], [picture], how, on_step=on_step)[0])
-    return torch.stack([slerp_noise(*ends, share) for share in shares])
+            own = generator.rows(rows[number][None])
+            noise = picture_noise(generator, own, [picture], how, on_step=on_step) - generator.guess(own, how)
+            ends.append(noise[0])
+    return generator.guess(generator.rows(points), how) + torch.stack([slerp_noise(*ends, share) for share in shares])
 
 
-def interpolation_task(kind: str, share: float, rows: np.ndarray, pictures: Sequence[Source | None]) -> dict[str, Any]:
+def interpolation_task(kind: str, share: float, pictures: Sequence[Source | None]) -> dict[str, Any]:
     """What a record says of a step between two noises: which ends are pictures (null: a seed's)."""
     if kind not in KINDS:
         raise UserError(f"interpolate {kind!r}: take {', '.join(KINDS)}")
@@ -144,12 +156,14 @@ def edit(
     tasks = [{"name": "edit", "text": text, "source": source or "", "strength": one} for one in strengths]
     seeds = [seed] * len(strengths)
     if picture is None:
-        made = generator.from_embeddings(points, seeds, how, on_step=on_step)
-        return [told(one, task) for one, task in zip(made, tasks, strict=True)]
-    x = picture_noise(generator, np.asarray(row)[None], [picture], how or generator.how, on_step=on_step)
-    tasks = [{**task, "sources": [picture.told]} for task in tasks]
-    x = x.expand(len(strengths), -1, -1, -1)
-    return redrawn(generator, points, x, seeds, how or generator.how, tasks, on_step=on_step)
+        return generator.from_embeddings(points, seeds, how, tasks=tasks, on_step=on_step)
+    how, tasks = how or generator.how, [{**task, "sources": [picture.told]} for task in tasks]
+
+    def noise() -> torch.Tensor:
+        own = picture_noise(generator, np.asarray(row)[None], [picture], how, on_step=on_step)
+        return own.expand(len(strengths), -1, -1, -1)
+
+    return redrawn(generator, points, noise, seeds, how, tasks, on_step=on_step)
 
 
 def text_difference(generator: Generator, text: str, source: str) -> np.ndarray:
@@ -173,9 +187,9 @@ def strip(
 ) -> list[Image.Image]:
     """What the decoder believes the picture to be after each of `frames` steps, spread over its walk; ends in it.
 
-    of: a caption, or an image embedding (D,).
+    of: a caption, or an image embedding (D,). Of candidates only the first is drawn: a strip is of one walk.
     """
-    guesses: list[torch.Tensor] = []
+    how, guesses = replace(how or generator.how, candidates=1), []
 
     def keep(step: int, denoised: torch.Tensor) -> None:
         guesses.append(denoised[:1].cpu())
@@ -210,8 +224,3 @@ def slerp(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, shar
     else:
         point = (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
     return (point / np.linalg.norm(point)).astype(np.float32)
-
-
-def told(made: Generated, task: dict[str, Any]) -> Generated:
-    """The picture, with what was done in its record."""
-    return replace(made, provenance={**made.provenance, "task": task})

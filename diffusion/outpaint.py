@@ -6,7 +6,6 @@ middles (MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5); so pictu
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from clip_train.settings import UserError
 from diffusion.generate import Generated, Generator, Sampling
-from diffusion.inpaint import BESIDE, JUMP, REPEATS, filled
-from diffusion.inversion import own, refuse_choices
+from diffusion.inpaint import JUMP, REPEATS, filled
+from diffusion.inversion import own_records, refuse_choices
 from diffusion.samplers import Denoise, OnStep
 from diffusion.source import Source
 
@@ -40,17 +39,18 @@ def outpaint(
 
     The new pictures' short side is the decoder's size, whatever the picture's was. repeats, jump: see inpaint.
     """
-    how, rows, seeds = how or replace(generator.how, **BESIDE), generator.rows(rows), list(seeds)
+    how, rows, seeds = how or generator.how, generator.rows(rows), list(seeds)
     refuse_choices(how, "outpainting")
-    known, painted = canvas(picture.picture, margins, generator.size)
-    known, painted = known.to(generator.device), painted.to(generator.device)
-    places = windows(*known.shape[-2:], generator.size)
+    old, painted = (part.to(generator.device) for part in canvas(picture.picture, margins, generator.size))
+    task = {"name": "outpaint", "margins": list(margins), "repeats": repeats, "jump": jump, "sources": [picture.told]}
+    records = own_records(task, rows, captions)
+    known = generator.recalled(records, seeds, how)
+    if known is not None:
+        return known
+    places = windows(*old.shape[-2:], generator.size)
     many = generator.denoise(rows.repeat(len(places), 1), captions and list(captions) * len(places), how)
     denoise = through_windows(many, places, generator.size)
-    x0 = filled(generator, denoise, known, painted, seeds, how, repeats, jump, on_step)
-    task = {"name": "outpaint", "margins": list(margins), "repeats": repeats, "jump": jump, "sources": [picture.told]}
-    words = [{}] * len(rows) if captions is None else [{"caption": caption} for caption in captions]
-    records = [{"task": own(task | word, row)} for word, row in zip(words, rows.numpy(), strict=True)]
+    x0 = filled(generator, denoise, old, painted, seeds, how, repeats, jump, on_step)
     return generator.finished(x0, records, seeds, how, rows=rows)
 
 

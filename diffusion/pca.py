@@ -12,7 +12,6 @@ import numpy as np
 from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore
 from diffusion.generate import Generated, Generator, Sampling
-from diffusion.manipulate import told
 from diffusion.samplers import OnStep
 
 
@@ -64,9 +63,8 @@ def reconstruct(
     """
     row = np.asarray(row, np.float32) / np.linalg.norm(row)
     points = np.stack([pca.kept(row, count) for count in counts])
-    made = generator.from_embeddings(points, [seed] * len(points), how, on_step=on_step)
     notes = [
         {"name": "reconstruct", "axes": count, "variance": round(pca.share(count), 4), "cosine": round(float(near), 4)}
         for count, near in zip(counts, points @ row, strict=True)
     ]
-    return [told(one, note) for one, note in zip(made, notes, strict=True)]
+    return generator.from_embeddings(points, [seed] * len(points), how, tasks=notes, on_step=on_step)

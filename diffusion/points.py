@@ -5,6 +5,7 @@
 A name without a prefix is a file if there is one of that name, else a caption; the prefixes are those of unclip search.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +43,10 @@ def kind_of(spec: str) -> tuple[str, str]:
         return kind, value
     suffix = Path(value).suffix.lower()
     if suffix in PICTURES or suffix == ".npy":
-        if not Path(value).is_file():
+        if not os.path.isfile(value):
             raise UserError(f"there is no file {value}; if it is a caption, write text:{value}")
         return ("image" if suffix in PICTURES else "vector"), value
-    return ("image" if Path(value).is_file() else "text"), value
+    return ("image" if os.path.isfile(value) else "text"), value
 
 
 def point(

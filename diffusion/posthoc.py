@@ -1,8 +1,8 @@
 """Choose the length of the average after the training: reconstruct several from its snapshots, keep the best.
 
 Post-hoc EMA (Karras et al. 2023, arXiv 2312.02696, section 3; clip_train/ema.py). All are measured by the loss they
-were trained on, on samples they were not trained on, with the same noise for each: so differences far smaller than the
-loss's own spread can be told.
+were trained on (decoders and upsamplers with their whole condition, as they draw), on samples they were not trained on,
+with the same noise for each: so differences far smaller than the loss's own spread can be told.
 """
 
 import os

@@ -87,6 +87,8 @@ class PriorConfig:
             )
         if self.width % self.heads:
             raise UserError(f"prior: width {self.width} is not a multiple of heads {self.heads}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise UserError(f"prior: sigma_min {self.sigma_min} must be above 0 and below sigma_max {self.sigma_max}")
         if self.words < 0 or self.text_noise < 0:
             raise UserError(f"prior: words {self.words} and text_noise {self.text_noise} must be at least 0")
         for name in ("dropout", "drop_word", "drop_words", "drop_text"):

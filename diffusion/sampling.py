@@ -13,8 +13,8 @@ from diffusion.schedule import GRIDS
 class Sampling:
     """How pictures are drawn. Part of every picture's record."""
 
-    steps: int = 18  # of the decoder
-    sampler: str = "heun"  # samplers.SAMPLERS
+    steps: int = 16  # of the decoder
+    sampler: str = "dpmpp_2m"  # samplers.SAMPLERS
     eta: float | None = None  # of ddim and dpmpp_2m_sde: 0 deterministic, 1 as random as ddpm; none: see own_eta
     guidance: float = 2.0  # of the decoder: 1 follows the embedding as trained, more overshoots
     guidance_from: float = 0.0  # sigmas between which guidance acts, of whatever kind
@@ -27,12 +27,13 @@ class Sampling:
     clip_guidance: float = 0.0  # towards a higher CLIP cosine, by so much a pixel and call: 0 off, 0.05 is small
     candidates: int = 1  # pictures drawn for each answer, of which CLIP takes the nearest to what was asked for
     image_noise: float = 0.0  # std of the noise added to the embedding; for decoders trained with noise_image
-    clamp: float = 0.995  # share of a guess's values that must fit into [-1, 1]; 1 only cuts off, 0 does neither
+    clamp: float = 1.0  # 1 cuts guesses off at [-1, 1], 0 does not; between: first scaled until that share of them fits
     prior_steps: int = 16  # 1: the mean of all embeddings that fit the text
     prior_candidates: int = 2  # embeddings drawn for each text, of which the nearest to it is taken
     prior_guidance: float = 1.0
     upsample_steps: int = 12  # of the upsampler, where there is one
     upsample_guidance: float = 1.0
+    upsample_noise: float = 0.05  # std of the noise added to a picture before, which hides its flaws; 0 trusts it
     grid: str = "karras"  # of the decoder's noise levels: schedule.GRIDS
     sigma_min: float = 0.01
     sigma_max: float = 20.0
@@ -54,8 +55,10 @@ class Sampling:
         for name in ("clamp", "eta", "rescale"):
             if not 0 <= (getattr(self, name) or 0.0) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} must be between 0 and 1")
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not 0 < self.sigma_min < self.sigma_max < float("inf"):
             raise UserError(f"sigma_min {self.sigma_min} must be above 0 and below sigma_max {self.sigma_max}")
+        if not 0 <= self.guidance_from < self.guidance_to:
+            raise UserError(f"guidance_from {self.guidance_from} must be below guidance_to {self.guidance_to}")
 
     @property
     def own_eta(self) -> float:
@@ -77,5 +80,5 @@ class Sampling:
 
 NOT_NEGATIVE = (
     "guidance", "text_guidance", "prior_guidance", "upsample_guidance", "autoguidance", "self_attention",
-    "clip_guidance", "image_noise",
+    "clip_guidance", "image_noise", "upsample_noise",
 )  # fmt: skip

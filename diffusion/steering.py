@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from clip_train.model import Clip
 from clip_train.settings import UserError
 from diffusion.decoder import null_cond, picture_cond
 from diffusion.denoiser import Cond
+from diffusion.distill import few_sampling
 from diffusion.guidance import (
     autoguided,
     between,
@@ -88,10 +90,22 @@ def look(clip: Clip, pixels: Tensor) -> Tensor:
     return F.normalize(clip.model.encode_image(((pixels + 1) * 127.5 - clip.mean) / clip.std).float(), dim=-1)
 
 
-def refuse_impossible(generator: "Generator", how: Sampling, captions: Sequence[str] | None) -> None:
-    """UserError if `how` asks for what the generator has not got."""
+def refuse_impossible(
+    generator: "Generator", how: Sampling, captions: Sequence[str] | None, begin: float | None = None
+) -> None:
+    """UserError if `how` asks for what the generator has not got. begin: where the walk begins, if not at sigma_max."""
     config = generator.decoder.network.config
-    trained = getattr(config, "noise_image", 0.0)
+    trained, few = getattr(config, "noise_image", 0.0), getattr(config, "few_steps", 0)
+    if few and not (how.sampler in ("ddim", "euler") and torch.equal(how.sigmas(begin), few_sampling(few).sigmas())):
+        raise UserError(
+            f"this decoder was distilled to draw in {few} steps of ddim and knows no other noise levels; leave steps, "
+            f"sampler, grid and sigmas as they are, or take the decoder it was made from"
+        )
+    if generator.upsampler is not None and how.upsample_noise > generator.upsampler.config.noise:
+        raise UserError(
+            f"upsample_noise {how.upsample_noise:g} is more than this upsampler was trained with "
+            f"(noise={generator.upsampler.config.noise:g})"
+        )
     if how.autoguidance != 1 and generator.guide is None:
         raise UserError(f"autoguidance {how.autoguidance:g} needs a weaker decoder; pass its folder with --guide")
     if how.text_guidance is not None and not config.text:

@@ -222,6 +222,9 @@ def plot(table: dict[str, Any]) -> Image.Image:
         panel.set_title(name, fontsize=9)
         if over == "calls":
             panel.set_xscale("log")
+            ticks = sorted({row["calls"] for row in rows})
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.set_xticks([], minor=True)
         values = [row["features"][name][measure] for row in rows]
         if min(values) > 0 and max(values) > 8 * min(values):
             panel.set_yscale("log")

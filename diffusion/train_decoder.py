@@ -21,7 +21,7 @@ from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.shards import ShardSet
 from diffusion.align import Watched, clip_features, misalignment
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, noised, picture_cond
-from diffusion.denoiser import denoising_loss, loss_weight
+from diffusion.denoiser import Cond, denoising_loss, loss_weight
 from diffusion.ridge import ridge_regression
 from diffusion.schedule import stratified
 from diffusion.trained import Preset, density_of, publish
@@ -155,12 +155,7 @@ def train_decoder(
     density, scaling = density_of(config), denoiser.scaling
 
     def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
-        x0, rows, level = batch["pixels"].float() / 127.5 - 1, batch["image"], None
-        if config.noise_image:
-            level = config.noise_image * stratified(len(rows), rng) ** 2  # half of them below a quarter of the most
-            rows = noised(rows, level, torch.randn(rows.shape, generator=rng, device=rows.device))
-        text = text_states(encoder, batch["tokens"]) if captions else ()
-        cond = drop_some(picture_cond(rows, *text, image_noise=level), config, rng)
+        x0, cond = batch["pixels"].float() / 127.5 - 1, shown(batch, config, encoder, rng)
         sigma = density(stratified(len(x0), rng))
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
         weight = loss_weight(scaling, sigma, config.weighting)
@@ -185,6 +180,16 @@ def train_decoder(
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
     notes = {"pictures": len(pictures), "linear_penalty": linear.penalty, "linear_spread": linear.spread}
     return publish(space, denoiser, config, result, notes)
+
+
+def shown(batch: Batch, config: DecoderConfig, encoder: Clip | None, rng: torch.Generator) -> Cond:
+    """A batch's condition as training sees it: embeddings noised, embeddings and texts taken away from some."""
+    rows, level = batch["image"], None
+    if config.noise_image:
+        level = config.noise_image * stratified(len(rows), rng) ** 2  # half of them below a quarter of the most
+        rows = noised(rows, level, torch.randn(rows.shape, generator=rng, device=rows.device))
+    text = text_states(encoder, batch["tokens"]) if "tokens" in batch else ()
+    return drop_some(picture_cond(rows, *text, image_noise=level), config, rng)
 
 
 def picture_embeddings(samples: ShardSet, clip: Clip, work: Path, on_progress: Progress | None) -> np.ndarray:

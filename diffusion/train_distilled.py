@@ -18,12 +18,12 @@ from clip_train.model import Clip
 from clip_train.pictures import Batches
 from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.shards import ShardSet
-from diffusion.decoder import null_cond, picture_cond
+from diffusion.decoder import null_cond
 from diffusion.denoiser import Denoiser
 from diffusion.distill import DistillConfig, distillation_loss
 from diffusion.guidance import clamped, classifier_free
 from diffusion.schedule import stratified
-from diffusion.train_decoder import CACHE_GB, picture_embeddings, text_states
+from diffusion.train_decoder import CACHE_GB, picture_embeddings, shown
 from diffusion.trained import load_decoder, publish
 
 DISTILLED_FIT = FitConfig(minutes=4.0, batch_size=32, lr=1e-3, weight_decay=0.0, beta2=0.98, ema=0.99)
@@ -111,19 +111,15 @@ def stage_loss(
 
     def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
         x0 = batch["pixels"].float() / 127.5 - 1
-        cond = picture_cond(batch["image"], *(text_states(encoder, batch["tokens"]) if "tokens" in batch else ()))
-        with torch.no_grad():
-            ready = teacher.network.prepared(cond)
-            guidance = config.guidance if guided else 1.0
-            null = teacher.network.prepared(null_cond(cond)) if guidance != 1 else ready
-            denoise = classifier_free(teacher, ready, null, guidance)
+        cond = shown(batch, replace(teacher.config, drop_image=0.0), encoder, rng)  # without an embedding none is drawn
+        denoise = classifier_free(teacher, cond, null_cond(cond), config.guidance if guided else 1.0)
         quantile = config.clamp if guided and config.clamp < 1 else None
         denoise = clamped(denoise, quantile=quantile) if config.clamp else denoise
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
         uniform = stratified(len(x0), rng)
         return distillation_loss(
             model, denoise, x0, cond, noise, uniform, teacher.scaling.weight,
-            steps=steps, teacher_steps=teacher_steps, second_order=guided,
+            steps=steps, teacher_steps=teacher_steps, second_order=guided, guess=teacher.network.guess(cond),
         ), {}  # fmt: skip
 
     return loss

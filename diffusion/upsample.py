@@ -46,13 +46,13 @@ class UpsamplerConfig:
     blur: float = 0.9  # largest std of the blur of the small picture, in its pixels
     blurred: float = 0.5  # share of the small pictures that are blurred
     noise: float = 0.3  # largest std of the noise added to the small picture, whose pixels lie in [-1, 1]
-    predict: str = "edm"  # what the network puts out: edm, v, x0, eps
+    predict: str = "edm"  # what the network puts out: edm, v, x0, eps, flow
     sigma_data: float = 0.15  # std of a pixel of what bicubic enlargement leaves over; measured by train_upsampler
     density: str = "log_normal"  # of sigma in training (schedule.DENSITIES)
     sigma_mean: float = 0.0  # of ln sigma, for log_normal
     sigma_std: float = 1.4
-    sigma_min: float = 0.03  # where sampling ends
-    sigma_max: float = 15.0  # where it starts
+    sigma_min: float = 0.05  # where sampling ends
+    sigma_max: float = 6.0  # where it starts: above the strongest wave of what bicubic leaves over (4, of emoji)
 
     @property
     def multiple(self) -> int:
@@ -76,6 +76,9 @@ class UpsamplerConfig:
             raise UserError(f"upsampler: picture_size {self.picture_size} is smaller than crop {self.crop}")
         if not 0 <= self.blur <= 1 or not 0 <= self.blurred <= 1 or self.noise < 0:
             raise UserError("upsampler: blur and blurred must be in [0, 1], noise at least 0")
+        for name in ("dropout", "drop_image"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"upsampler: {name} {getattr(self, name)} must be in [0, 1]")
         if not 0 < self.sigma_min < self.sigma_max:
             raise UserError(f"upsampler: sigma_min {self.sigma_min} must be above 0 and below sigma_max")
 
@@ -292,6 +295,7 @@ def enlarge(
         cond = null_cond(cond) if rows is None else cond
         denoise = clamped(classifier_free(upsampler, cond, null_cond(cond), guidance))
         noise = SampleNoise(own, (3, *large), device, stream=3)
-        made.append(sample(sampler, denoise, sigmas, noise))
+        start = cond["guess"] + float(sigmas[0]) * noise()  # from noise alone all would come out greyer
+        made.append(sample(sampler, denoise, sigmas, noise, start=start))
     whole = torch.cat(made) if made else pixels.new_zeros(0, 3, *large)
     return whole[:, :, : config.factor * height, : config.factor * width].clamp(-1, 1)

@@ -83,7 +83,7 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(monkeypatch, capsys, error
         (["search", "--index", "nowhere"], "nothing to search for"),
         (["shard", "nowhere"], "nowhere"),
         (["generate", "fox", "--decoder", "nowhere"], "--prior"),
-        (["generate", "--decoder", "nowhere"], "one of the three"),
+        (["generate", "--decoder", "nowhere"], "one of the four"),
         (["train", "prior", "--embeddings", "nowhere"], "nowhere/ does not exist"),
         (["train", "clip", "--shards", "x", "--preset", "huge"], "no preset 'huge'"),
         (["train", "clip", "--shards", "x", "--set", "depth=3"], "--set depth=3"),

@@ -50,7 +50,9 @@ def test_a_byte_now_and_then_gives_no_more_time(monkeypatch):
             if not closed.done():
                 writer.write(b"G")
                 await asyncio.sleep(0.02)
-        assert closed.done() and closed.result() == b""
+        assert closed.done()
+        # a byte that comes after the end is answered with a reset, if the machine is slow enough for that
+        assert isinstance(closed.exception(), ConnectionResetError) or closed.result() == b""
 
     with_server(monkeypatch, talk)
 

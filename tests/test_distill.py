@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clip_train.fit import FitConfig
+from clip_train.model import Clip
 from clip_train.settings import Interrupted, UserError
 from diffusion.decoder import DecoderConfig, null_cond
 from diffusion.distill import (
@@ -21,6 +22,7 @@ from diffusion.distill import (
 )
 from diffusion.generate import Generator
 from diffusion.samplers import sample_ddim, sample_heun
+from diffusion.sampling import Sampling
 from diffusion.train_decoder import train_decoder
 from diffusion.train_distilled import stage_loss, train_distilled
 from diffusion.trained import load_decoder
@@ -221,6 +223,31 @@ def test_the_decoders_guidance_is_baked_in(house):
         value, _ = loss(student, batch, torch.Generator().manual_seed(0))
     assert value.item() == pytest.approx(0.0, abs=1e-8)
     assert seen[0] == pytest.approx(1.0, abs=0.15)  # noise alone at the first level
+
+
+def test_a_student_also_learns_to_draw_without_words(house):
+    clip, seen = Clip.load(house / "clip"), []
+    teacher = load_decoder(house / "decoder")[0]
+    batch = {"pixels": torch.zeros(64, 3, 8, 8, dtype=torch.uint8), "image": torch.from_numpy(tiny.unit_rows(64, 32))}
+    batch["tokens"] = clip.tokenize(["a fox"] * 64)
+
+    def student(x, sigma, cond):
+        seen.append(cond)
+        return x
+
+    stage_loss(teacher, clip, 1, 1, DistillConfig(), True)(student, batch, torch.Generator().manual_seed(0))
+    assert 16 < seen[0]["keep_text"].any(1).sum() < 48 and not seen[0]["drop_image"].any()
+
+
+def test_a_student_is_not_asked_for_noise_levels_it_does_not_know(house):
+    distilled(house, house / "one")
+    student, rows = Generator.open(house / "one", clip=house / "clip"), tiny.unit_rows(1, 32)
+    for how in (Sampling(), replace(student.how, steps=4), replace(student.how, sampler="heun")):
+        with pytest.raises(UserError, match="distilled to draw in 1 steps"):
+            student.from_embeddings(rows, how=how)
+    with pytest.raises(UserError, match="distilled to draw in 1 steps"):
+        student.walk(student.rows(rows), None, [0], start=torch.zeros(1, 3, 8, 8), sigma=2.0)
+    student.from_embeddings(rows, how=replace(student.how, eta=1.0, precision="bf16"))
 
 
 def test_another_clip_and_a_student_as_teacher_are_refused(house, tmp_path):

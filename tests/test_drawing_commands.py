@@ -12,8 +12,10 @@ from clip_train.embed import embed
 from clip_train.fit import FitConfig
 from clip_train.settings import UserError
 from diffusion import changing_commands, drawing_commands
+from diffusion.copies import CopyCheck
 from diffusion.decoder import DecoderConfig
 from diffusion.gallery import read_record
+from diffusion.generate import Generator
 from diffusion.train_decoder import train_decoder
 
 DECODER = DecoderConfig(image_size=8, widths=(16, 32), blocks=(1, 1), attention=(2,), head_width=16, cond_width=32)
@@ -87,7 +89,7 @@ def same(a, b):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_every_task_writes_pictures_that_are_made_again_from_their_records(
-    run, tmp_path, arguments, count, task, sources
+    run, tmp_path, monkeypatch, arguments, count, task, sources
 ):
     paths = run(*arguments, "--out", tmp_path / "out", "--sheet", tmp_path / "sheet.png")
     assert len(paths) == count and (tmp_path / "sheet.png").is_file()
@@ -100,7 +102,8 @@ def test_every_task_writes_pictures_that_are_made_again_from_their_records(
         with pytest.raises(UserError, match=f"made from {sources[0]}.*--source {sources[0]}"):
             run(*again)
     assert run(*again, *given) == [str(tmp_path / "again.png")]
-    assert same(paths[-1], tmp_path / "again.png")
+    assert same(paths[-1], tmp_path / "again.png") and read_record(tmp_path / "again.png") == record
+    monkeypatch.setattr(Generator, "denoise", lambda *_: pytest.fail("drawn again"))
     assert run(*arguments, "--out", tmp_path / "out") == paths  # they are there: nothing is added
     assert len(list((tmp_path / "out").iterdir())) == count
 
@@ -125,6 +128,20 @@ def test_an_interpolation_can_be_an_animation(run, tmp_path):
         assert made.n_frames == 6  # there and back
 
 
+def test_a_drawing_can_be_compiled_and_looked_at_for_copies(run, tmp_path, monkeypatch):
+    translated = []
+    monkeypatch.setattr("diffusion.generate.Compiled", lambda decoder: translated.append(decoder) or decoder)
+    rows = np.repeat(tiny.unit_rows(1, 32), 30, axis=0) + 0.1 * tiny.unit_rows(30, 32, 1)
+    check = CopyCheck.fit(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    monkeypatch.setattr(CopyCheck, "open", lambda folder: check if str(folder) == "emb" else None)
+    key = ["--key", "s003", "--embeddings", "emb", "--out", tmp_path / "out"]
+    plain = [*run("vary", *key, "--count", 1), *run("generate", *key)]
+    assert not translated and not any("nearest" in read_record(path) for path in plain)
+    checked = [run(name, *key, "--count", 1, "--copies", "emb", "--compile") for name in ("vary", "generate")]
+    assert len(translated) == 2 and {path for (path,) in checked}.isdisjoint(plain)  # those had not been looked at
+    assert all(read_record(path)["nearest"]["threshold"] == check.threshold for (path,) in checked)
+
+
 def test_a_file_of_captions_is_gone_on_with(run, tmp_path):
     (tmp_path / "captions.txt").write_text("a\nb\nc\n")
     first = run("generate", "a", "b", *RIDGE, "--out", tmp_path / "out", "--format", "webp")
@@ -145,19 +162,29 @@ def test_a_file_of_captions_is_gone_on_with(run, tmp_path):
         (["generate", "a", "--neighbours", 99, "--embeddings", "emb"], "99 neighbours of 10"),
         (["generate", "a", *RIDGE, "--grid", "colour=1,2"], "expected SETTING=VALUE"),
         (["generate", "a", "b", *RIDGE, "--grid", "seed=1,2"], "not of 2"),
+        (["generate", "a", *RIDGE, "--grid", "guidance=1,2", "--count", 2], "leave --count and --strip out"),
         (["generate", "a", *RIDGE, "--source", "fox.png"], "goes with --again"),
         (["generate", "--again", "fox.png"], "does not say how it was made"),
         (["generate", "--again", "fox.png", "--seed", 1], "leave the other options"),
+        (["generate", "--again", "fox.png", "--guidance", 0], "leave the other options"),
         (["generate", "a", "b", *RIDGE, "--out", "x.png"], "name of one picture"),
         (["generate", "a", "--prior", "ridge"], "--embeddings"),
         (["vary"], "one of the two"),
         (["vary", "owl.png"], "no file owl.png"),
         (["vary", "fox.png", "--eta", 0], "set eta above 0"),
+        (["vary", "fox.png", "--sampler", "heun"], "heun draws no noise: take ddim"),
+        (["vary", "fox.png", "--out", "x.png"], "name of one picture, but 4"),
+        (["interpolate", "a" * 300, "b"], "pass --prior"),
+        (
+            ["interpolate", "fox.png", "mask.png", "--animation", "a.gif", "--out", "x.png"],
+            "name of one picture, but 9",
+        ),
         (["vary", "--key", "s003", "--embeddings", "emb", "--eta", 0.5], "--eta is of a picture"),
         (["interpolate", "fox.png"], "between two points, not 1"),
         (["interpolate", "fox.png", "mask.png", "--animation", "a.avi"], "a.avi: an animation"),
         (["reconstruct", "fox.png"], "--embeddings emb"),
         (["reconstruct", "fox.png", "--embeddings", "emb", "--pca", "1.5"], "expected whole numbers"),
+        (["reconstruct", "fox.png", "--embeddings", "emb", "--pca", "nan"], "expected whole numbers"),
         (["reconstruct", "fox.png", "--embeddings", "emb", "--pca", "1000"], "1000 of 32 axes"),
         (["edit", "fox.png", "--to", "b", "--strength", "2"], "between 0 and 1"),
         (["edit", "fox.png", "--from", "b", "--to", "b"], "nothing to change"),

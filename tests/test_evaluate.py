@@ -1,4 +1,5 @@
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,11 +86,13 @@ class Painter:
 
     prior = None
 
-    def __init__(self, known, pictures):
-        self.known, self.pictures = known, pictures
+    def __init__(self, known, pictures, reads=False):
+        self.known, self.pictures, self.read = known, pictures, []
+        self.decoder = SimpleNamespace(network=SimpleNamespace(config=SimpleNamespace(text=reads)))
 
-    def from_embeddings(self, wanted, seeds, how, *, batch_size, on_progress):
+    def from_embeddings(self, wanted, seeds, how, *, captions=None, batch_size, on_progress):
         wanted = np.asarray(wanted)
+        self.read.append(captions)
         best = (wanted @ self.known.T).argmax(1)
         exact = (wanted @ self.known.T).max(1) > 0.999
         grey = Image.new("RGB", (20, 20), "grey")
@@ -103,7 +106,10 @@ def test_the_loop_finds_pictures_painted_from_true_embeddings_and_loses_those_fr
     assert known.shape == (40, 32)
     picked = [3, 1, 4, 15, 9]
     captions = [f"picture number {i}" for i in picked]
-    numbers, made = evaluate_loop(Painter(known, pictures), clip, captions, picked, known)
+    blind, reader = Painter(known, pictures), Painter(known, pictures, reads=True)
+    numbers, made = evaluate_loop(blind, clip, captions, picked, known)
+    evaluate_loop(reader, clip, captions, picked, known)
+    assert blind.read == [None, None] and reader.read == [captions, captions]  # true and text alike
     # not quite 1: two of these random pictures look the same to a random CLIP
     assert numbers["true"]["top1"] >= 0.8 and numbers["true"]["cosine"] == pytest.approx(1, abs=1e-4)
     assert numbers["text"]["top1"] <= 0.2

@@ -232,3 +232,9 @@ def test_folders_that_do_not_belong_together_are_refused(house, painter, tmp_pat
         HeldOut.open(tmp_path / "other", str(house / "shards")).pictures([0], SIZE)
     with pytest.raises(UserError, match="no PNG"):
         read_pictures([tmp_path])
+    (tmp_path / "made").mkdir()
+    for name, size in (("00000.png", (8, 8)), ("00000-steps.png", (30, 10)), ("grid.png", (20, 30))):
+        Image.new("RGB", size).save(tmp_path / "made" / name)
+    assert read_pictures([tmp_path / "made"])[1] == ["00000.png"]
+    with pytest.raises(UserError, match="give square pictures"):
+        read_pictures([tmp_path / "made" / "00000.png", tmp_path / "made" / "grid.png"])

@@ -199,10 +199,9 @@ def test_of_several_candidates_the_one_nearest_to_the_caption_by_clip_is_kept(wi
         ["a fox"],
         [1, *(CANDIDATES + n for n in (1, 2, 3))],
     )
-    each = [
-        sample("euler", wild.denoise(row, text, how), how.sigmas(), SampleNoise([5], (3, 8, 8), stream=s))
-        for s in streams
-    ]
+    noise = [SampleNoise([5], (3, 8, 8), stream=s) for s in streams]
+    denoise, guess = wild.denoise(row, text, how), wild.guess(row)
+    each = [sample("euler", denoise, how.sigmas(), one, start=guess + how.sigma_max * one()) for one in noise]
     best = max(each, key=lambda x0: float(wild.seen([Image.fromarray(to_pixels(x0)[0])])[0] @ wanted))
     assert np.array_equal(np.asarray(chosen[0].picture), to_pixels(best)[0])
 
@@ -217,7 +216,8 @@ def test_a_walk_can_begin_at_a_noisy_picture(wild):
     rows, how = torch.from_numpy(tiny.unit_rows(2, 32)), Sampling(steps=3)
     whole = wild.walk(rows, None, [3, 4], how)
     noise = SampleNoise([3, 4], (3, 8, 8), stream=1)()
-    assert torch.equal(wild.walk(rows, None, [3, 4], how, start=how.sigma_max * noise, sigma=how.sigma_max), whole)
+    start = wild.guess(rows) + how.sigma_max * noise  # around nothing, pictures would come out greyer
+    assert torch.equal(wild.walk(rows, None, [3, 4], how, start=start, sigma=how.sigma_max), whole)
     x0 = torch.linspace(-0.8, 0.8, 384).view(2, 3, 8, 8)
     near_by = wild.walk(rows, None, [3, 4], how, start=x0 + 0.02 * noise, sigma=0.02)
     assert (near_by - x0).abs().mean() < 0.1 and (whole - x0).abs().mean() > 0.3
@@ -357,6 +357,14 @@ def test_guidance_that_the_models_cannot_give_is_refused_before_anything_is_draw
         bare.from_embeddings(tiny.unit_rows(1, 32), how=Sampling(**setting))
 
 
+def test_an_interval_without_sigmas_and_more_noise_than_the_upsampler_knows_are_refused(wild):
+    with pytest.raises(UserError, match="guidance_from 2.0 must be below"):
+        Sampling(guidance_from=2.0, guidance_to=1.0)
+    upsampler = UpsamplerDenoiser(UpsamplerConfig(embed_dim=32, crop=16, widths=(16,), blocks=(1,))).eval()
+    with pytest.raises(UserError, match=r"upsample_noise 0.5 is more than .*\(noise=0.3\)"):
+        drawn(Generator(wild.clip, wild.prior, wild.decoder, upsampler=upsampler), upsample_noise=0.5)
+
+
 @pytest.mark.parametrize("setting", ["guidance", "text_guidance", "self_attention", "clip_guidance", "rescale", "eta"])
 def test_settings_out_of_their_range_are_refused(setting):
     for value in (-0.1, float("nan"), float("inf")):
@@ -374,9 +382,9 @@ def test_the_same_seed_gives_the_same_picture_at_any_batch_size(generator, sampl
     assert np.abs(together[0] - together[3]).max() > 10  # one caption, two seeds
 
 
-def test_guidance_and_clamp_and_steps_change_the_picture(generator):
+def test_guidance_steps_sampler_grid_and_precision_change_the_picture(generator):
     base = pixels(generator.from_captions(CAPTIONS[:1], [1], QUICK))
-    for change in ({"guidance": 50.0}, {"steps": 5}, {"sampler": "ddpm"}, {"clamp": 0.0}, {"precision": "bf16"}):
+    for change in ({"guidance": 50.0}, {"steps": 5}, {"sampler": "ddpm"}, {"grid": "flow"}, {"precision": "bf16"}):
         other = pixels(generator.from_captions(CAPTIONS[:1], [1], Sampling(**{"steps": 3, "prior_steps": 2} | change)))
         assert not np.array_equal(base[0], other[0]), change
 
@@ -420,11 +428,11 @@ def test_the_file_says_how_the_picture_was_made_in_both_customs(generator, tmp_p
         saved.load()
         info = saved.info
     record = json.loads(info["unclip"])
-    assert record["caption"] == CAPTIONS[2] and record["seed"] == 41 and record["sampling"]["sampler"] == "heun"
+    assert record["caption"] == CAPTIONS[2] and record["seed"] == 41 and record["sampling"]["sampler"] == "dpmpp_2m"
     assert set(record["fingerprints"]) == {"clip", "prior", "decoder"}
     prompt, settings = info["parameters"].split("\n")
     assert prompt == CAPTIONS[2]
-    assert settings.startswith("Steps: 3, Sampler: Heun, CFG scale: 2.0, Seed: 41, Size: 8x8, Model hash: ")
+    assert settings.startswith("Steps: 3, Sampler: Dpmpp_2m, CFG scale: 2.0, Seed: 41, Size: 8x8, Model hash: ")
 
 
 def test_other_weights_refuse_to_make_a_picture_again(generator):
@@ -509,7 +517,7 @@ def test_presets_take_settings_by_name():
     assert (config.depth, fit_config.steps) == (2, 7)
     config, fit_config = settings(DECODER_PRESETS, "small", ["blocks=[1,1,1,2]", "lr=0.01"])
     assert (config.blocks, config.image_size, fit_config.lr) == ((1, 1, 1, 2), 64, 0.01)
-    with pytest.raises(UserError, match="there are: tiny, small"):
+    with pytest.raises(UserError, match="there are: tiny, laptop, small"):
         settings(DECODER_PRESETS, "huge")
 
 

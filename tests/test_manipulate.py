@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_drawing
@@ -100,7 +102,8 @@ def test_an_edit_turns_the_embedding_towards_the_difference_of_the_texts(generat
 
 def test_a_picture_made_by_a_manipulation_can_be_made_again_from_its_record(generator):
     made = interpolate(generator, rows(generator, 2), 3, how=HOW)[1]
-    assert np.abs(pixels([made])[0] - pixels([generator.regenerate(made.provenance)])[0]).max() <= 1
+    again = generator.regenerate(made.provenance)
+    assert np.abs(pixels([made])[0] - pixels([again])[0]).max() <= 1 and again.provenance == made.provenance
 
 
 def test_a_strip_shows_the_guesses_and_ends_in_the_picture(generator):
@@ -112,6 +115,8 @@ def test_a_strip_shows_the_guesses_and_ends_in_the_picture(generator):
     first = ((guesses[0][0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(np.asarray(frames[0]), first)
     assert len(strip(generator, row, 4, HOW, frames=40)) == HOW.steps  # never more frames than steps
+    several = strip(generator, row, 4, replace(HOW, candidates=3), frames=3)  # a strip is of one walk
+    assert [one.tobytes() for one in several] == [one.tobytes() for one in frames]
 
 
 def away(made, picture):

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import crew
 import numpy as np
 import pytest
 import tiny
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clip_train.checkpoint import load_tensors
 from clip_train.fit import FitConfig
 from clip_train.settings import UserError
 from diffusion.baselines import open_prior
@@ -311,6 +313,20 @@ def test_a_trained_folder_opens_as_what_it_is_and_guesses_by_words_too(emb, kind
     assert torch.allclose(read.norm(dim=1), torch.ones(3)) and not torch.allclose(read, mute, atol=1e-5)
 
 
+def train_on_ranks(emb, folder):
+    for kind, config in TINY.items():
+        for parallel in ("ddp", "fsdp"):
+            train_prior(emb, folder / f"{kind}-{parallel}", config, replace(QUICK, parallel=parallel), device="cpu")
+
+
+def test_two_ranks_train_the_same_prior_with_words_whole_or_in_parts(emb, tmp_path):
+    crew.run(2, train_on_ranks, emb, tmp_path)
+    for kind in TINY:
+        whole, parts = (load_tensors(tmp_path / f"{kind}-{how}" / "model.safetensors")[0] for how in ("ddp", "fsdp"))
+        assert whole.keys() == parts.keys() and any("words.table" in name for name in whole)
+        assert all(torch.allclose(whole[name], parts[name], atol=1e-4) for name in whole)
+
+
 def test_a_contrastive_prior_tells_pictures_apart_that_a_linear_guess_cannot():
     # the picture's sign is the product of two signs of the text: what a ridge regression sees is chance
     rng = torch.Generator().manual_seed(0)
@@ -357,6 +373,8 @@ def test_a_prior_that_cannot_be_is_refused():
         PriorConfig(embed_dim=8, width=30, heads=4)
     with pytest.raises(UserError, match="drop_word 1.5"):
         PriorConfig(drop_word=1.5)
+    with pytest.raises(UserError, match="sigma_min 40"):
+        PriorConfig(sigma_min=40.0)
     with pytest.raises(UserError, match="temperature 0"):
         ContrastiveConfig(temperature=0.0)
     with pytest.raises(ValueError, match="2 texts but 1 seeds"):

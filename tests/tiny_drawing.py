@@ -24,12 +24,15 @@ class ExactDecoder(torch.nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.config = DecoderConfig(embed_dim=dim, image_size=SIDE, widths=(16,), blocks=(1,), head_width=16)
-        self.network = SimpleNamespace(config=self.config)
+        self.network = SimpleNamespace(config=self.config, guess=self.guess)
         self.weight = 0.5 * torch.randn(dim, 3 * SIDE * SIDE, generator=torch.Generator().manual_seed(0))
 
-    def forward(self, x, sigma, cond):
+    def guess(self, cond):
         middle = (cond["image"] @ self.weight).masked_fill(cond["drop_image"][:, None], 0.0)
-        pieces = middle.reshape(-1, 3, SIDE, SIDE)
+        return middle.reshape(-1, 3, SIDE, SIDE)
+
+    def forward(self, x, sigma, cond):
+        pieces = self.guess(cond)
         trust = 0.16 / (0.16 + sigma[:, None, None, None] ** 2)
         return pieces + trust * (x - pieces)
 
