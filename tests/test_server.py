@@ -383,7 +383,7 @@ def test_info_says_what_there_is(client):
     info = client.get("/api/info").json()
     assert [(i["name"], i["rows"], i["dim"]) for i in info["indexes"]] == [("tiny", 10, 32), ("again", 10, 32)]
     assert "label" in info["indexes"][0]["columns"] and info["indexes"][0]["calibrated"] is False
-    assert info["generator"] == {"size": 8, "steps": 18, "guidance": 2.0, "max_count": 8, "prompts": True}
+    assert info["generator"] == {"size": 8, "steps": 16, "guidance": 2.0, "max_count": 8, "prompts": True}
     assert info["image_urls"] is False and info["limits"] == {"upload_bytes": 16_000_000}
 
 

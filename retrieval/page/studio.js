@@ -152,7 +152,7 @@ export class Studio {
     const most = generator.max_count ?? 4;
     const form = this.#form([
       this.#range("guidance", generator.guidance ?? 2, 0, 8, 0.1),
-      this.#range("steps", generator.steps ?? 18, 2, 64, 1),
+      this.#range("steps", generator.steps ?? 16, 2, 64, 1),
       this.#range("count", Math.min(4, most), 1, most, 1, "pictures"),
       this.#seed(),
       this.#switch(),
