@@ -46,7 +46,7 @@ from clip_train.pictures import Batches, Pictures  # noqa: E402
 from clip_train.shards import ShardSet  # noqa: E402
 from clip_train.sheet import contact_sheet  # noqa: E402
 from clip_train.store import EmbeddingStore  # noqa: E402
-from diffusion import train_decoder  # noqa: E402
+from diffusion import picture_feed, train_decoder  # noqa: E402
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, picture_cond  # noqa: E402
 from diffusion.denoiser import Cond, Denoiser, Scaling, denoising_loss  # noqa: E402
 from diffusion.distances import figure_of, kernel  # noqa: E402
@@ -375,7 +375,7 @@ def train_ours(net: str, out: Path, options: argparse.Namespace) -> dict[str, An
     schedule = plain if options.decoder_preset == "plain" else DECODER_PRESETS[options.decoder_preset].fit
     schedule = replace(schedule, steps=1, minutes=0.0, precision="bf16", batch_size=BATCH)
     config, marks = decoder_config(options.decoder_preset), []
-    train_decoder.picture_embeddings = lambda samples, *_: embeddings_of(samples, options)
+    picture_feed.picture_embeddings = lambda samples, *_: embeddings_of(samples, options)
 
     def mark(done: int, total: int, stage: str = "fit", **numbers: object) -> None:
         marks.append((stage, time.process_time()))

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip_train.model import Clip  # noqa: E402
 from clip_train.store import EmbeddingStore  # noqa: E402
 from diffusion.distances import kernel  # noqa: E402
-from diffusion.evaluate import embed_pictures, labels_of, round_trip  # noqa: E402
+from diffusion.evaluate import embed_pictures, round_trip  # noqa: E402
 from diffusion.generate import Generator, Sampling  # noqa: E402
+from diffusion.heldout import labels_of  # noqa: E402
 
 SETTINGS = [
     {"guidance": 1.0},

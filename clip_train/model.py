@@ -337,9 +337,10 @@ class Clip(nn.Module):
         return self._text_rows(self.tokenize(captions).to(self.device)).cpu()
 
     @torch.no_grad()
-    def text_states(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def text_states(self, captions: Sequence[str] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The text tower's last hidden states (B, T, W) float32 on its device, and where real tokens are (B, T) bool.
 
+        captions: texts, or what tokenize() makes of them, (B, context).
         T is the longest caption of the batch, start and end tokens included.
         """
         from clip_train.towers import cut, text_states
@@ -347,7 +348,8 @@ class Clip(nn.Module):
         tower = getattr(self.model, "text", self.model)
         if not hasattr(tower, "token_embedding") or getattr(tower, "cls_emb", None) is not None:
             raise UserError("the states of this CLIP's text tower cannot be read; train one: unclip train clip")
-        tokens = self.tokenize(captions).to(self.device)
+        tokens = captions if isinstance(captions, torch.Tensor) else self.tokenize(captions)
+        tokens = tokens.to(self.device)
         tokens = cut(tokens) if tower.attn_mask is not None else tokens
         return text_states(tower, tokens).float(), _real(tokens)
 

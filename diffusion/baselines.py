@@ -21,7 +21,8 @@ from clip_train.folder import Manifest, fingerprint_json, read_manifest
 from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore
 from diffusion.contrastive import ContrastiveConfig, ContrastivePrior
-from diffusion.pairs import Pairs, groups_of
+from diffusion.heldout import labels_of
+from diffusion.pairs import Pairs
 from diffusion.prior import Guess
 from diffusion.ridge import Linear, ridge_regression
 from diffusion.trained import kind_of, load_prior, ready, saved
@@ -144,7 +145,7 @@ def fit_baseline(name: str, store: EmbeddingStore, device: torch.device | str = 
         return TextItself()
     pairs = Pairs.of(store)
     if name == "knn":
-        chosen = choose_knn(pairs, groups_of(store), device=device)
+        chosen = choose_knn(pairs, labels_of(store), device=device)
         parts = (torch.from_numpy(part).to(device) for part in (pairs.text, pairs.image, pairs.row))
         return Knn(*parts, chosen.k, chosen.temperature)
     return LinearBaseline(ridge_regression(pairs.blocks(), independent=len(store)), name, device)

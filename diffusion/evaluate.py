@@ -163,11 +163,6 @@ def evaluate_generation_folders(
     )
 
 
-def labels_of(store: EmbeddingStore) -> np.ndarray:
-    """(N,) integers: rows of one label (of one caption, where there are no labels) are each other's right answers."""
-    return np.unique(label_names(store), return_inverse=True)[1]
-
-
 def exam_sheet(made: dict[str, list[Image.Image]], captions: Sequence[str], most: int = 24) -> Image.Image:
     """The real picture and what each way drew in its place, side by side, of the first `most` rows."""
     order = ["real", *(name for name in made if name != "real")]

@@ -21,7 +21,7 @@ from clip_train.folder import read_manifest
 from clip_train.settings import Progress, UserError
 from clip_train.store import EmbeddingStore
 from diffusion.baselines import BASELINES, fit_baseline, open_prior
-from diffusion.pairs import groups_of
+from diffusion.heldout import labels_of
 from diffusion.prior import Guess, PriorDenoiser, text_cond
 from diffusion.trained import kind_of, refuse_other_clip
 
@@ -161,7 +161,7 @@ def evaluate_prior_folder(
         raise UserError("no prior to evaluate; pass --prior prior (made by unclip train prior)")
     store = EmbeddingStore.open(embeddings)
     text, image = (torch.from_numpy(rows).to(device) for rows in (store.text(), store.image()))
-    captions, groups, seeds = store.table.column("caption"), groups_of(store), range(len(store))
+    captions, groups, seeds = store.table.column("caption"), labels_of(store), range(len(store))
     made: dict[str, Tensor] = {}
     for number, folder in enumerate(folders):
         if str(folder) in BASELINES:

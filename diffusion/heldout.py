@@ -125,3 +125,8 @@ def label_names(store: EmbeddingStore) -> list[str]:
     """One per row, in lower case: its label, or its caption where it has none."""
     labels, captions = store.table.column("label"), store.table.column("caption")
     return [str(caption if label is None else label).lower() for label, caption in zip(labels, captions, strict=True)]
+
+
+def labels_of(store: EmbeddingStore) -> np.ndarray:
+    """(N,) integers: rows of one label (of one caption, where there are no labels) are each other's right answers."""
+    return np.unique(label_names(store), return_inverse=True)[1]

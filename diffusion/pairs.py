@@ -85,13 +85,6 @@ def blurred(text: Tensor, amount: float, rng: torch.Generator) -> Tensor:
     return F.normalize(text + share * noise, dim=-1)
 
 
-def groups_of(store: EmbeddingStore) -> np.ndarray:
-    """(N,) integers: rows of one label (of one caption, where there are no labels) are each other's right answers."""
-    captions, labels = store.table.column("caption"), store.table.column("label")
-    names = [str(caption if label is None else label).lower() for caption, label in zip(captions, labels, strict=True)]
-    return np.unique(names, return_inverse=True)[1]
-
-
 def shuffled(start: int, count: int, total: int, seed: int) -> np.ndarray:
     """Items start .. start + count of the endless row of permutations of range(total), each from (seed, its number)."""
     taken = []

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from clip_train.checkpoint import load_weights
 from clip_train.ema import read_snapshots, reconstruct
-from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig, FitResult
 from clip_train.folder import Input, Manifest, Workspace, read_manifest
 from clip_train.model import Clip
@@ -26,8 +25,8 @@ from clip_train.store import EmbeddingStore
 from diffusion.decoder import picture_cond
 from diffusion.denoiser import denoising_loss, loss_weight
 from diffusion.pairs import Pairs
+from diffusion.picture_feed import PictureFeed
 from diffusion.schedule import stratified
-from diffusion.train_decoder import CACHE_GB, picture_embeddings
 from diffusion.train_prior import diffusion_loss
 from diffusion.train_upsampler import crop_loss, load_upsampler, random_crops
 from diffusion.trained import density_of, load_decoder, load_prior, publish, refuse_other_clip
@@ -109,16 +108,15 @@ def choose_average(
 
 def decoder_losses(config: Any, samples: ShardSet, encoder: Clip, work: Path, count: int, seed: int) -> Losses:
     """The denoising loss on pictures of the shards, with their embeddings (and first captions, if it reads text)."""
-    image = picture_embeddings(samples, encoder, work, None)
-    pictures = decoded(samples, config.image_size, work, CACHE_GB, None)
+    feed = PictureFeed.prepare(samples, encoder, config.image_size, work)
     density = density_of(config)
 
     def batches(device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-        for number, some in enumerate(_blocks(pictures.rows, count, seed)):
-            pixels, found = pictures.load(some)
+        for number, some in enumerate(_blocks(feed.pictures.rows, count, seed)):
+            pixels, found = feed.pictures.load(some)
             text = encoder.text_states([samples.captions(row)[0] for row in found.tolist()]) if config.text else ()
             rng = torch.Generator(device).manual_seed(seed * 100_003 + number)
-            cond = picture_cond(_rows(image, found, device), *(t.to(device) for t in text))
+            cond = picture_cond(feed.rows(found).to(device), *(t.to(device) for t in text))
             sigma = density(stratified(len(found), rng))
             x0 = pixels.to(device).float() / 127.5 - 1
             yield x0, cond, sigma, torch.randn(x0.shape, generator=rng, device=device)
@@ -138,17 +136,16 @@ def decoder_losses(config: Any, samples: ShardSet, encoder: Clip, work: Path, co
 
 def upsampler_losses(config: Any, samples: ShardSet, encoder: Clip, work: Path, count: int, seed: int) -> Losses:
     """The denoising loss on one degraded crop of each picture of the shards, with its embedding."""
-    image = picture_embeddings(samples, encoder, work, None)
-    pictures = decoded(samples, config.picture_size, work, CACHE_GB, None)
+    feed = PictureFeed.prepare(samples, encoder, config.picture_size, work)
 
     @torch.no_grad()
     def losses(model: nn.Module) -> np.ndarray:
         device, measured = next(model.parameters()).device, []
-        for number, some in enumerate(_blocks(pictures.rows, count, seed)):
-            pixels, found = pictures.load(some)
+        for number, some in enumerate(_blocks(feed.pictures.rows, count, seed)):
+            pixels, found = feed.pictures.load(some)
             rng = torch.Generator(device).manual_seed(seed * 100_003 + number)
             x0 = random_crops(pixels.to(device), config.crop, rng)
-            measured.append(float(crop_loss(model, x0, _rows(image, found, device), config, rng)))
+            measured.append(float(crop_loss(model, x0, feed.rows(found).to(device), config, rng)))
         return np.array(measured)
 
     return losses
@@ -179,10 +176,6 @@ _SOURCE = {"prior": "embeddings", "decoder": "shards", "upsampler": "shards"}
 def _blocks(rows: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
     chosen = np.random.default_rng(seed).permutation(rows)[:count]
     return (chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH))
-
-
-def _rows(image: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(image[rows].astype(np.float32)).to(device)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

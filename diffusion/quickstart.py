@@ -22,9 +22,10 @@ from clip_train.folder import read_manifest, write_file
 from clip_train.settings import Progress, UserError
 from clip_train.sheet import contact_sheet, query_sheet, save_sheet
 from clip_train.store import EmbeddingStore
-from diffusion.evaluate import evaluate_loop, labels_of
+from diffusion.evaluate import evaluate_loop
 from diffusion.evaluate_prior import evaluate_prior
 from diffusion.generate import Generator, Sampling
+from diffusion.heldout import labels_of
 from diffusion.provenance import save_png
 from diffusion.report import write_report
 from diffusion.train_decoder import DECODER_PRESETS, train_decoder

@@ -11,22 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train import ranks
-from clip_train.captions import caption_table, uniform_of
-from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig, fit
 from clip_train.folder import Input, Manifest
 from clip_train.model import Clip
-from clip_train.pictures import Batches, Pictures
 from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.shards import ShardSet
 from diffusion.align import Watched, clip_features, misalignment
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, noised, picture_cond
 from diffusion.denoiser import Cond, denoising_loss, loss_weight
+from diffusion.picture_feed import PictureFeed
 from diffusion.ridge import ridge_regression
 from diffusion.schedule import stratified
 from diffusion.trained import Preset, density_of, publish
-
-CACHE_GB = 2.0  # pictures are decoded once and kept as bytes, if they fit
 
 DECODER_PRESETS = {
     "tiny": Preset(
@@ -136,22 +132,18 @@ def train_decoder(
     if space.done:
         return space.done
 
-    if len(samples) < 2:
-        raise UserError(f"{shards} holds {len(samples)} picture; a decoder needs at least 2")
-    tell = (lambda done, total, **numbers: on_progress(done, total, stage="encode")) if on_progress else None
-    image = picture_embeddings(samples, encoder, space.path, tell)
-    pictures = decoded(samples, config.image_size, space.path, CACHE_GB, tell)
-    captions = caption_table(samples, encoder, space.path, mix=config.caption_mix) if config.text else None
-    linear = ridge_regression(guess_pairs(image, pictures, config))
+    mix = config.caption_mix if config.text else None
+    feed = PictureFeed.prepare(samples, encoder, config.image_size, space.path, on_progress, caption_mix=mix)
+    linear = ridge_regression(guess_pairs(feed, config))
     moved = config.sigma_mean + math.log(linear.spread / config.sigma_data)
     config = replace(config, sigma_data=linear.spread, sigma_mean=moved)
     torch.manual_seed(fit_config.seed)
     denoiser = DecoderDenoiser(config)
     denoiser.network.linear.take(linear)
     if config.noise_image:
-        blocks = np.array_split(pictures.rows, -(-len(pictures.rows) // 4096))
-        rows = (torch.from_numpy(image[some].astype(np.float32)) for some in blocks)
-        denoiser.network.wiener.take(rows, linear.penalty)
+        found = feed.pictures.rows
+        blocks = np.array_split(found, -(-len(found) // 4096))
+        denoiser.network.wiener.take((feed.rows(some) for some in blocks), linear.penalty)
     density, scaling = density_of(config), denoiser.scaling
 
     def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
@@ -166,19 +158,9 @@ def train_decoder(
         away = misalignment(watched.features, clip_features(encoder, batch["pixels"]))
         return value + config.align * away, {"denoising": float(value.detach()), "misalignment": float(away.detach())}
 
-    world = ranks.world_size()
-    order = Batches(pictures, fit_config.batch_size // world, fit_config.seed, ranks.rank(), world)
-
-    def batches(step: int) -> Iterator[Batch]:
-        for number, batch in enumerate(order(step), start=step):
-            batch = batch | {"image": torch.from_numpy(image[batch["row"].numpy()].astype(np.float32))}
-            if captions:
-                said = captions.pick(batch["row"].numpy(), uniform_of(fit_config.seed, order.places(number)))
-                batch["tokens"] = said["tokens"]
-            yield batch
-
+    batches = feed.batches(fit_config)
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
-    notes = {"pictures": len(pictures), "linear_penalty": linear.penalty, "linear_spread": linear.spread}
+    notes = {"pictures": len(feed.pictures), "linear_penalty": linear.penalty, "linear_spread": linear.spread}
     return publish(space, denoiser, config, result, notes)
 
 
@@ -188,44 +170,13 @@ def shown(batch: Batch, config: DecoderConfig, encoder: Clip | None, rng: torch.
     if config.noise_image:
         level = config.noise_image * stratified(len(rows), rng) ** 2  # half of them below a quarter of the most
         rows = noised(rows, level, torch.randn(rows.shape, generator=rng, device=rows.device))
-    text = text_states(encoder, batch["tokens"]) if "tokens" in batch else ()
+    text = encoder.text_states(batch["tokens"]) if "tokens" in batch else ()
     return drop_some(picture_cond(rows, *text, image_noise=level), config, rng)
 
 
-def picture_embeddings(samples: ShardSet, clip: Clip, work: Path, on_progress: Progress | None) -> np.ndarray:
-    """(rows of the shards, D) float16: embeddings of the pictures, zeros where one is bad; made once, then mapped."""
-    path, block = work / "scratch" / "image_emb.npy", 256
-    if not path.exists():
-        pictures = decoded(samples, clip.image_size, work, CACHE_GB, on_progress)
-        if ranks.is_main():
-            unfinished = path.with_name("image_emb_part.npy")
-            rows = np.lib.format.open_memmap(unfinished, "w+", np.float16, (len(samples), clip.embed_dim))
-            for start in range(0, len(samples), block):
-                pixels, found = pictures.load(np.arange(start, min(start + block, len(samples))))
-                if len(found):
-                    rows[found] = clip.encode_image(pixels).numpy()
-                if on_progress:
-                    on_progress(min(start + block, len(samples)), len(samples))
-            rows.flush()
-            unfinished.replace(path)
-        ranks.barrier()
-    return np.load(path, mmap_mode="r")
-
-
-def guess_pairs(image: np.ndarray, pictures: Pictures, config: DecoderConfig) -> Iterator[tuple[Tensor, Tensor]]:
+def guess_pairs(feed: PictureFeed, config: DecoderConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """(embedding (n, D), picture (n, 3 g g) in [-1, 1]) of every picture once, g pixels wide as the linear guess."""
-    for start in range(0, len(pictures.rows), 1024):
-        pixels, rows = pictures.load(pictures.rows[start : start + 1024])
+    for start in range(0, len(feed.pictures.rows), 1024):
+        pixels, rows = feed.pictures.load(feed.pictures.rows[start : start + 1024])
         small = F.interpolate(pixels.float() / 127.5 - 1, config.guess_size, mode="area")
-        yield torch.from_numpy(image[rows].astype(np.float32)), small.flatten(1)
-
-
-@torch.no_grad()
-def text_states(clip: Clip, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """As Clip.text_states, of token ids (B, context): states (B, T, W) float32, and which of them are real (B, T)."""
-    from clip_train import towers
-
-    tower = getattr(clip.model, "text", clip.model)
-    tokens = towers.cut(tokens) if tower.attn_mask is not None else tokens
-    real = torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(-1, keepdim=True)
-    return towers.text_states(tower, tokens).float(), real
+        yield feed.rows(rows), small.flatten(1)

@@ -1,29 +1,26 @@
 """train_distilled: a decoder folder + shards + a CLIP -> fit, stage after stage -> a decoder folder for a few steps."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clip_train import ranks
-from clip_train.captions import caption_table, uniform_of
-from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig, FitResult, fit
 from clip_train.folder import Input, Manifest
 from clip_train.model import Clip
-from clip_train.pictures import Batches
 from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.shards import ShardSet
 from diffusion.decoder import null_cond
 from diffusion.denoiser import Denoiser
 from diffusion.distill import DistillConfig, distillation_loss
 from diffusion.guidance import clamped, classifier_free
+from diffusion.picture_feed import PictureFeed
 from diffusion.schedule import stratified
-from diffusion.train_decoder import CACHE_GB, picture_embeddings, shown
+from diffusion.train_decoder import shown
 from diffusion.trained import load_decoder, publish
 
 DISTILLED_FIT = FitConfig(minutes=4.0, batch_size=32, lr=1e-3, weight_decay=0.0, beta2=0.98, ema=0.99)
@@ -66,23 +63,9 @@ def train_distilled(
     if space.done:
         return space.done
 
-    if len(samples) < 2:
-        raise UserError(f"{shards} holds {len(samples)} picture; distillation needs at least 2")
-    tell = (lambda done, total, **numbers: on_progress(done, total, stage="encode")) if on_progress else None
-    image = picture_embeddings(samples, encoder, space.path, tell)
-    pictures = decoded(samples, teacher.config.image_size, space.path, CACHE_GB, tell)
-    captions = caption_table(samples, encoder, space.path, mix=config.caption_mix) if teacher.config.text else None
-    world = ranks.world_size()
-    order = Batches(pictures, fit_config.batch_size // world, fit_config.seed, ranks.rank(), world)
-
-    def batches(step: int) -> Iterator[Batch]:
-        for number, batch in enumerate(order(step), start=step):
-            batch = batch | {"image": torch.from_numpy(image[batch["row"].numpy()].astype(np.float32))}
-            if captions:
-                said = captions.pick(batch["row"].numpy(), uniform_of(fit_config.seed, order.places(number)))
-                batch["tokens"] = said["tokens"]
-            yield batch
-
+    mix = config.caption_mix if teacher.config.text else None
+    feed = PictureFeed.prepare(samples, encoder, teacher.config.image_size, space.path, on_progress, caption_mix=mix)
+    batches = feed.batches(fit_config)
     share, start, result = _share(fit_config, len(config.chain)), config.teacher_steps, None
     for number, steps in enumerate(config.chain):
         last = number + 1 == len(config.chain)
@@ -96,7 +79,7 @@ def train_distilled(
         result = fit(student, batches, loss, part, folder, device=place, on_progress=_named(on_progress, steps))
         teacher, start = taught(student, result), steps
     return publish(
-        space, teacher, replace(teacher.config, few_steps=config.few_steps), result, {"pictures": len(pictures)}
+        space, teacher, replace(teacher.config, few_steps=config.few_steps), result, {"pictures": len(feed.pictures)}
     )
 
 

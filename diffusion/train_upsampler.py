@@ -1,6 +1,5 @@
 """train_upsampler: shards + a CLIP + denoising_loss on degraded crops -> fit -> an upsampler folder."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from clip_train import ranks
-from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig, fit
 from clip_train.folder import Input, Manifest
 from clip_train.model import Clip
-from clip_train.pictures import Batches, PictureError, Pictures, decode_picture
+from clip_train.pictures import PictureError, Pictures, decode_picture
 from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.shards import ShardSet
 from diffusion.denoiser import Scaling, denoising_loss
+from diffusion.picture_feed import PictureFeed
 from diffusion.schedule import DENSITIES, stratified
-from diffusion.train_decoder import CACHE_GB, picture_embeddings
 from diffusion.trained import Preset, publish, ready, saved
 from diffusion.upsample import (
     UpsamplerConfig,
@@ -78,10 +76,8 @@ def train_upsampler(
     if space.done:
         return space.done
 
-    tell = (lambda done, total, **numbers: on_progress(done, total, stage="encode")) if on_progress else None
-    image = picture_embeddings(samples, encoder, space.path, tell)
-    pictures = decoded(samples, config.picture_size, space.path, CACHE_GB, tell)
-    config = replace(config, sigma_data=residual_spread(pictures, config))
+    feed = PictureFeed.prepare(samples, encoder, config.picture_size, space.path, on_progress)
+    config = replace(config, sigma_data=residual_spread(feed.pictures, config))
     torch.manual_seed(fit_config.seed)
     denoiser = UpsamplerDenoiser(config)
 
@@ -89,15 +85,9 @@ def train_upsampler(
         x0 = random_crops(batch["pixels"], config.crop, rng)
         return crop_loss(model, x0, batch["image"], config, rng, drop=True), {}
 
-    world = ranks.world_size()
-    order = Batches(pictures, fit_config.batch_size // world, fit_config.seed, ranks.rank(), world)
-
-    def batches(step: int) -> Iterator[Batch]:
-        for batch in order(step):
-            yield batch | {"image": torch.from_numpy(image[batch["row"].numpy()].astype(np.float32))}
-
+    batches = feed.batches(fit_config)
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
-    notes = {"pictures": len(pictures), "residual_spread": config.sigma_data}
+    notes = {"pictures": len(feed.pictures), "residual_spread": config.sigma_data}
     return publish(space, denoiser, config, result, notes)
 
 

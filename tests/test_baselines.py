@@ -14,7 +14,8 @@ from diffusion import commands, evaluate_commands
 from diffusion.baselines import BASELINES, Knn, choose_knn, open_prior
 from diffusion.contrastive import ContrastiveConfig
 from diffusion.evaluate_prior import compared, evaluate_prior_folder, table_of
-from diffusion.pairs import Pairs, groups_of
+from diffusion.heldout import labels_of
+from diffusion.pairs import Pairs
 from diffusion.prior import PriorConfig
 from diffusion.train_prior import train_prior
 from diffusion.trained import kind_of
@@ -100,7 +101,7 @@ def test_k_and_temperature_are_chosen_where_they_help_on_groups_held_out():
 
 
 def test_equal_labels_or_else_equal_captions_are_one_group(house):
-    assert len(set(groups_of(EmbeddingStore.open(house / "emb")))) == 80
+    assert len(set(labels_of(EmbeddingStore.open(house / "emb")))) == 80
 
 
 def test_a_baseline_is_known_by_what_it_was_fitted_to(house):

@@ -11,7 +11,7 @@ from clip_train.fit import FitConfig
 from clip_train.model import Clip
 from clip_train.shards import ShardSet
 from diffusion.decoder import DecoderConfig
-from diffusion.train_decoder import DECODER_PRESETS, text_states, train_decoder
+from diffusion.train_decoder import DECODER_PRESETS, train_decoder
 from diffusion.trained import load_decoder, settings
 
 EVERYTHING = DecoderConfig(
@@ -64,7 +64,7 @@ def test_a_decoder_killed_and_resumed_equals_one_trained_unbroken(house):
 
 def test_states_of_stored_tokens_are_those_of_the_captions(house):
     clip, captions = Clip.load(house / "clip"), ["picture number 3", "one"]
-    states, real = text_states(clip, clip.tokenize(captions))
+    states, real = clip.text_states(clip.tokenize(captions))
     known, kept = clip.text_states(captions)
     assert torch.equal(states, known) and torch.equal(real, kept)
 
