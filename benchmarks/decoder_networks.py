@@ -217,10 +217,12 @@ def draw(denoiser: DecoderDenoiser, rows: Tensor, guidance: float, steps: int = 
     for start in range(0, len(rows), 32):
         some = rows[start : start + 32]
         cond = picture_cond(some)
-        denoise = clamped(classifier_free(denoiser, cond, null_cond(cond), guidance), quantile=0.995)
+        denoise = clamped(classifier_free(denoiser, cond, null_cond(cond), guidance))
         noise = SampleNoise(range(start, start + len(some)), (3, 64, 64), stream=1)
+        sigmas = karras_sigmas(steps, 0.01, 20.0)
         with autocast("auto", CPU):
-            x0 = sample("heun", denoise, karras_sigmas(steps, 0.01, 20.0), noise)
+            begin = denoiser.network.guess(cond).float() + sigmas[0] * noise()
+            x0 = sample("heun", denoise, sigmas, noise, start=begin)
         out.append(((x0.clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(out)
 

@@ -5,8 +5,8 @@
         [--upsampler upsampler]
 
 All of it by the command line that a user has, one command after the other; each is resumed or found done when this is
-started again. `seen`: new drawings of trained concepts; `val`: concepts that training never saw. Sheets: 64 captions of
-`val` in three styles, variations, interpolations, text diffs, guidance; DIR/figures.md holds the tables.
+started again. `seen`: new drawings of trained concepts; `val`: concepts that training never saw. Sheets: 64 concepts of
+each in three styles, variations, interpolations, text diffs; DIR/figures.md holds the tables.
 """
 
 import argparse
@@ -108,18 +108,19 @@ def markdown(title: str, head: tuple, rows: list) -> str:
 
 
 def sheets(unclip, options: argparse.Namespace, models: tuple) -> None:
-    """Pictures to look at: eight rows of eight held-out concepts, three rows a style; what one does in the space."""
+    """Pictures to look at: eight by eight concepts in three styles; what one does in the space."""
     work = options.work
-    labels = sorted(set(metadata(work / "emb-val")["label"].dropna()))
-    chosen = [labels[i * len(labels) // 64] for i in range(64)]
     more = ("--upsampler", options.upsampler) if options.upsampler else ()
-    for style in STYLES:
-        name = style.split()[1]
-        (work / f"captions-{name}.txt").write_text("\n".join(style.format(label) for label in chosen))
-        unclip(
-            "generate", "--file", work / f"captions-{name}.txt", *models, *more, *DRAWN,
-            "--out", work / f"pictures-{name}", "--sheet", work / f"sheet-{name}.png",
-        )  # fmt: skip
+    for split in ("seen", "val"):
+        labels = sorted(set(metadata(work / f"emb-{split}")["label"].dropna()))
+        chosen = [labels[i * len(labels) // 64] for i in range(64)]
+        for style in STYLES:
+            name = f"{split}-{style.split()[1]}"
+            (work / f"captions-{name}.txt").write_text("\n".join(style.format(label) for label in chosen))
+            unclip(
+                "generate", "--file", work / f"captions-{name}.txt", *models, *more, *DRAWN,
+                "--out", work / f"pictures-{name}", "--sheet", work / f"sheet-{name}.png",
+            )  # fmt: skip
     for name in ("seen", "val"):
         table = metadata(work / f"emb-{name}")
         keys = [table["image_path"].iloc[i * len(table) // 6] for i in range(6)]

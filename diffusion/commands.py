@@ -58,21 +58,31 @@ def train_prior(embeddings: Path, out: Path, preset: str, kind: str, device: str
     show_default=True,
     help="tiny (32 px, CPU, minutes), laptop (64 px, CPU, an hour), small (64 px, one GPU) or base (a cluster).",
 )
+@click.option(
+    "--init", type=click.Path(path_type=Path),
+    help="Go on from this decoder's weights and network, longer or with other pictures; --preset gives the schedule.",
+)  # fmt: skip
 @training_options
-def train_decoder(shards: str, clip: Path, out: Path, preset: str, device: str, **options: Any) -> None:
+def train_decoder(
+    shards: str, clip: Path, out: Path, preset: str, init: Path | None, device: str, **options: Any
+) -> None:
     """Train the decoder: image embedding -> picture.
 
     \b
-    Example:  unclip train decoder --shards shards --clip clip --out decoder --preset laptop --minutes 60
+    Examples:  unclip train decoder --shards shards --clip clip --out decoder --preset laptop --minutes 60
+               unclip train decoder --shards shards --clip clip --out longer --preset laptop --init decoder --lr 1e-3
     """
     from clip_train.ranks import start
     from diffusion import train_decoder as train
     from diffusion.trained import settings
 
-    config, fit_config = settings(train.DECODER_PRESETS, preset, training_settings(**options))
+    pairs = training_settings(**options)
+    config, fit_config = (
+        train.settings_from(init, preset, pairs) if init else settings(train.DECODER_PRESETS, preset, pairs)
+    )
     bars = Bars("train decoder")
     made = train.train_decoder(
-        shards, clip, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
+        shards, clip, out, config=config, fit_config=fit_config, init=init, device=start(device), on_progress=bars
     )
     say(f"{out}/: loss {made.result['loss']:.3f} after {made.result['steps']} steps")
     say(f'next: unclip generate "a red fox" --prior prior --decoder {out} --out fox.png')

@@ -7,7 +7,7 @@ decoder trained on pictures' embeddings feels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,16 @@ def evaluate_prior_folder(
         carried = {names.get(b, b): fit_baseline(b, fitted, device).rows(text) for b in reversed(BASELINES)}
     if on_progress:
         on_progress(len(folders) + 1, len(folders) + 1)
-    return compared(made | carried, image, image, groups, groups)
+    found = compared(made | carried, image, image, groups, groups)
+    known = [str(folder) for folder in folders if was_trained_on(folder, store)]
+    if known:
+        return replace(found, sentence=f"{', '.join(known)}: trained on these very embeddings; {found.sentence}")
+    return found
+
+
+def was_trained_on(folder: Path | str, store: EmbeddingStore) -> bool:
+    """Whether these are the embeddings that the prior in `folder` learned from, and so say nothing of new ones."""
+    return store.fingerprint == read_manifest(folder).inputs["embeddings"]["fingerprint"]
 
 
 def table_of(comparison: Comparison) -> tuple[str, tuple[str, ...], list[tuple]]:

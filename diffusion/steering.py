@@ -58,6 +58,23 @@ def steered(generator: "Generator", rows: Tensor, captions: Sequence[str] | None
     return clamped(guided, quantile=how.clamp if how.clamp < 1 else None) if how.clamp else guided
 
 
+def passes(how: Sampling) -> int:
+    """Samples that one guided guess of one picture takes through the networks, as steered puts it together."""
+
+    def of(*scales: float) -> int:
+        return 1 if len(set(scales)) == 1 and scales[0] in (0, 1) else 2
+
+    image, text = how.guidance, how.guidance if how.text_guidance is None else how.text_guidance
+    if text in (image, 0):
+        own = of(image)
+    else:
+        own = of(text) if image == 1 else 3
+    guided = own if how.autoguidance in (0, 1) else 2 * own
+    if not how.self_attention:
+        return guided
+    return 2 if image == text == how.autoguidance == 1 else guided + 2
+
+
 def conditions(
     generator: "Generator", rows: Tensor, captions: Sequence[str] | None, how: Sampling
 ) -> tuple[Cond, Cond, Cond]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from clip_train.fit import resolved_precision
 from clip_train.folder import Input, Manifest, Workspace, write_file
@@ -25,7 +26,8 @@ from diffusion.examine import Exam, Way, draw, extractors
 from diffusion.generate import Sampling
 from diffusion.heldout import HeldOut
 from diffusion.judge import Judge
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import SAMPLERS, SampleNoise, sample
+from diffusion.steering import passes
 
 AXES = ("sampler", "steps", "eta", "guidance")
 
@@ -146,9 +148,16 @@ def _add_differences(rows: list[dict[str, Any]], paths: list[Path], judge: Judge
 
 
 def calls(how: Sampling) -> int:
-    """Evaluations of the network per picture: guidance other than 0 and 1 takes two for one, as others' do."""
-    each = 1 if how.guidance in (0, 1) else 2
-    return SAMPLERS[how.sampler].calls(how.steps) * each
+    """Samples that go through the networks for a picture: guidance takes two and more a step, each as others do."""
+    met: list[float] = []
+
+    def guess(x: Tensor, sigma: Tensor) -> Tensor:
+        met.append(float(sigma[0]))
+        return x * 0
+
+    sample(how.sampler, guess, how.sigmas(), SampleNoise([0], (1,)), eta=how.eta)
+    low, high = how.interval
+    return how.candidates * sum(passes(how) if low <= sigma <= high else 1 for sigma in met)
 
 
 def label(how: Sampling) -> str:

@@ -1,7 +1,7 @@
 """train_decoder: shards + a CLIP + denoising_loss -> fit -> a decoder folder."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train import ranks
+from clip_train.checkpoint import load_tensors, load_weights
 from clip_train.fit import Batch, FitConfig, fit
 from clip_train.folder import Input, Manifest
 from clip_train.model import Clip
-from clip_train.settings import Progress, UserError, config_to_json
+from clip_train.settings import Progress, UserError, config_to_json, override
 from clip_train.shards import ShardSet
 from diffusion.align import Watched, clip_features, misalignment
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, noised, picture_cond
@@ -22,7 +23,7 @@ from diffusion.denoiser import Cond, denoising_loss, loss_weight
 from diffusion.picture_feed import PictureFeed
 from diffusion.ridge import ridge_regression
 from diffusion.schedule import stratified
-from diffusion.trained import Preset, density_of, publish
+from diffusion.trained import Preset, density_of, publish, saved
 
 DECODER_PRESETS = {
     "tiny": Preset(
@@ -103,13 +104,15 @@ def train_decoder(
     config: DecoderConfig = DECODER_PRESETS["tiny"].config,
     fit_config: FitConfig = DECODER_PRESETS["tiny"].fit,
     *,
+    init: Path | str | None = None,
     device: str | torch.device = "auto",
     on_progress: Progress | None = None,
 ) -> Manifest:
     """Train on the pictures of `shards`, each given its embedding by the CLIP in folder `clip`, made once beforehand.
 
-    Writes a decoder/ folder; run again to resume, or to find it done. on_progress counts pictures while they are
-    decoded and encoded (stage="encode"), then optimizer steps.
+    init: a decoder folder whose weights to begin with, its CLIP this one; config is then that folder's, with changes
+    that leave the network's shape (settings_from). Writes a decoder/ folder; run again to resume, or to find it done.
+    on_progress counts pictures while they are decoded and encoded (stage="encode"), then optimizer steps.
     """
     place = ranks.start(device)
     samples = ShardSet(str(shards))
@@ -127,6 +130,8 @@ def train_decoder(
             f"leave embed_dim out"
         )
     inputs = {"shards": Input(samples.fingerprint, shards), "clip": Input(encoder.fingerprint, clip)}
+    if init is not None:
+        inputs["init"] = Input(refuse_as_init(init, encoder, clip), init)
     settings = {"decoder": config_to_json(config), "fit": config_to_json(fit_config)}
     space = ranks.open_workspace(out, "decoder", settings, inputs)
     if space.done:
@@ -134,16 +139,13 @@ def train_decoder(
 
     mix = config.caption_mix if config.text else None
     feed = PictureFeed.prepare(samples, encoder, config.image_size, space.path, on_progress, caption_mix=mix)
-    linear = ridge_regression(guess_pairs(feed, config))
-    moved = config.sigma_mean + math.log(linear.spread / config.sigma_data)
-    config = replace(config, sigma_data=linear.spread, sigma_mean=moved)
     torch.manual_seed(fit_config.seed)
-    denoiser = DecoderDenoiser(config)
-    denoiser.network.linear.take(linear)
-    if config.noise_image:
-        found = feed.pictures.rows
-        blocks = np.array_split(found, -(-len(found) // 4096))
-        denoiser.network.wiener.take((feed.rows(some) for some in blocks), linear.penalty)
+    if init is None:
+        denoiser, notes = fitted(config, feed)
+        config = denoiser.config
+    else:
+        denoiser, notes = DecoderDenoiser(config), {}
+        take_weights(denoiser, init)
     density, scaling = density_of(config), denoiser.scaling
 
     def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
@@ -160,8 +162,48 @@ def train_decoder(
 
     batches = feed.batches(fit_config)
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
-    notes = {"pictures": len(feed.pictures), "linear_penalty": linear.penalty, "linear_spread": linear.spread}
-    return publish(space, denoiser, config, result, notes)
+    return publish(space, denoiser, config, result, {"pictures": len(feed.pictures)} | notes)
+
+
+def settings_from(init: Path | str, preset: str, pairs: Sequence[str] = ()) -> list:
+    """The config of the decoder in `init` and the preset's schedule, with --set pairs applied."""
+    if preset not in DECODER_PRESETS:
+        raise UserError(f"no preset {preset!r}; there are: {', '.join(DECODER_PRESETS)}")
+    return override([saved(init, "decoder", DecoderConfig)[1], DECODER_PRESETS[preset].fit], pairs)
+
+
+def refuse_as_init(init: Path | str, encoder: Clip, clip: Path | str) -> str:
+    """The fingerprint of the decoder in `init`; UserError where it cannot be trained on with this CLIP."""
+    made, config = saved(init, "decoder", DecoderConfig)
+    if made.inputs["clip"]["fingerprint"] != encoder.fingerprint:
+        raise UserError(f"{init}/ was trained with another CLIP than {clip}/; pass that one with --clip")
+    if config.few_steps:
+        raise UserError(f"{init}/ is distilled to {config.few_steps} steps; pass the decoder it was made from")
+    return made.fingerprint
+
+
+def take_weights(denoiser: DecoderDenoiser, init: Path | str) -> None:
+    """The weights of the decoder in `init`; what align.py reads is kept as it is where only this one has it."""
+    path = Path(init) / "model.safetensors"
+    weights = load_tensors(path)[0]
+    if denoiser.config.align_width != saved(init, "decoder", DecoderConfig)[1].align_width:
+        own = denoiser.state_dict()
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("features.")}
+        weights |= {name: own[name] for name in own if name.startswith("features.")}
+    load_weights(denoiser, weights, path)
+
+
+def fitted(config: DecoderConfig, feed: PictureFeed) -> tuple[DecoderDenoiser, dict]:
+    """A new decoder with all that is computed from the data beforehand: linear guess, its spread, Wiener's filter."""
+    linear = ridge_regression(guess_pairs(feed, config))
+    moved = config.sigma_mean + math.log(linear.spread / config.sigma_data)
+    denoiser = DecoderDenoiser(replace(config, sigma_data=linear.spread, sigma_mean=moved))
+    denoiser.network.linear.take(linear)
+    if config.noise_image:
+        found = feed.pictures.rows
+        blocks = np.array_split(found, -(-len(found) // 4096))
+        denoiser.network.wiener.take((feed.rows(some) for some in blocks), linear.penalty)
+    return denoiser, {"linear_penalty": linear.penalty, "linear_spread": linear.spread}
 
 
 def shown(batch: Batch, config: DecoderConfig, encoder: Clip | None, rng: torch.Generator) -> Cond:

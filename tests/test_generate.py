@@ -14,6 +14,7 @@ from clip_train.fit import FitConfig
 from clip_train.folder import read_manifest
 from clip_train.model import Clip
 from clip_train.settings import UserError
+from diffusion import sweep
 from diffusion.copies import CopyCheck
 from diffusion.decoder import DecoderConfig, DecoderDenoiser
 from diffusion.evaluate import evaluate_loop_folders
@@ -138,6 +139,32 @@ def test_a_step_takes_one_network_call_and_guidance_one_of_a_batch_twice_as_long
     assert calls_of(wild, guidance=2.0, text_guidance=3.0) == [6, 6]
     assert calls_of(wild, guidance=2.0, guidance_from=0.1, guidance_to=1.0) == [2, 2]  # sigmas are 20 and 0.01
     assert calls_of(wild, guidance=2.0, guidance_to=1.0) == [2, 4]
+
+
+COUNTED = [
+    {"guidance": 1.0}, {"guidance": 0.0}, {"guidance": 2.0, "sampler": "heun"},
+    {"guidance": 2.0, "text_guidance": 3.0}, {"guidance": 1.0, "text_guidance": 3.0},
+    {"guidance": 1.0, "text_guidance": 0.0}, {"guidance": 2.0, "text_guidance": 0.0},
+    {"guidance": 2.0, "text_guidance": 2.0}, {"guidance": 3.0, "guidance_to": 1.0},
+    {"guidance": 1.0, "autoguidance": 2.0}, {"guidance": 2.0, "autoguidance": 2.0}, {"autoguidance": 0.0},
+    {"guidance": 1.0, "self_attention": 0.5}, {"guidance": 2.0, "self_attention": 0.5},
+    {"guidance": 1.0, "self_attention": 0.5, "autoguidance": 2.0, "text_guidance": 1.0}, {"candidates": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COUNTED, ids=str)
+def test_what_a_sweep_says_a_picture_costs_is_what_goes_through_the_networks(wild, kind):
+    seen = []
+    hooks = [
+        network.register_forward_hook(lambda module, inputs, made: seen.append(len(inputs[0])))
+        for network in (wild.decoder, wild.guide)
+    ]
+    try:
+        drawn(wild, **kind)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sum(seen) == 2 * sweep.calls(Sampling(**{"steps": 2, "sampler": "euler"} | kind))
 
 
 KINDS = [
@@ -503,7 +530,9 @@ def test_the_decoder_is_shown_each_pictures_own_embedding(house, monkeypatch, tm
 
 
 def test_the_house_can_be_evaluated_and_other_clips_embeddings_are_refused(house, tmp_path):
-    table = evaluate_prior_folder(house / "emb", house / "prior").figures
+    told = evaluate_prior_folder(house / "emb", house / "prior")
+    table = told.figures
+    assert told.sentence.startswith(f"{house / 'prior'}: trained on these very embeddings; best")
     assert set(table) >= {"prior", "prior mean", "ridge", "text", "mean image", "unrelated"}
     numbers, sheet = evaluate_loop_folders(house / "emb", house / "prior", house / "decoder", count=3, how=QUICK)
     assert set(numbers) == {"true", "prior", "text", "chance"} and sheet.width > 100

@@ -105,3 +105,8 @@ def test_the_command_prints_the_table(made, tmp_path):
     assert answer.exit_code == 0, answer.exception
     assert answer.stdout.splitlines()[0].split() == ["average", "loss", "behind", "error", "profile"]
     assert AS_TRAINED in answer.stdout and (tmp_path / "best" / "model.safetensors").exists()
+
+
+def test_pictures_it_was_trained_on_choose_no_average(made, tmp_path):
+    with pytest.raises(UserError, match="was trained on"):
+        choose_average(made / "up", [0.15], tmp_path / "best", shards=made / "shards", count=8)

@@ -9,9 +9,10 @@ import torch
 
 from clip_train.fit import FitConfig
 from clip_train.model import Clip
+from clip_train.settings import UserError
 from clip_train.shards import ShardSet
 from diffusion.decoder import DecoderConfig
-from diffusion.train_decoder import DECODER_PRESETS, train_decoder
+from diffusion.train_decoder import DECODER_PRESETS, settings_from, train_decoder
 from diffusion.trained import load_decoder, settings
 
 EVERYTHING = DecoderConfig(
@@ -102,3 +103,34 @@ def test_two_ranks_train_the_same_decoder_whole_or_in_parts(house):
 def test_a_preset_can_be_built_from_the_command_line(preset):
     config, fit_config = settings(DECODER_PRESETS, preset, ["steps=2", "minutes=0"])
     assert fit_config.steps == 2 and config.image_size in (32, 64)
+
+
+def test_training_goes_on_from_another_decoders_weights(house, tmp_path):
+    made = house / "shards", house / "clip"
+    first = train_decoder(*made, tmp_path / "first", EVERYTHING, FIT, device="cpu")
+    config, fit_config = settings_from(tmp_path / "first", "tiny", ["steps=1", "minutes=0", "lr=1e-9", "dropout=0.1"])
+    assert config == replace(load_decoder(tmp_path / "first")[0].config, dropout=0.1)
+    same = replace(FIT, steps=1, lr=1e-9)
+    more = train_decoder(*made, tmp_path / "more", config, same, init=tmp_path / "first", device="cpu")
+    assert more.inputs["init"]["fingerprint"] == first.fingerprint
+    one, other = weights(tmp_path / "first"), weights(tmp_path / "more")
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    plain = replace(config, align=0.0, align_width=0)
+    train_decoder(*made, tmp_path / "plain", plain, same, init=tmp_path / "first", device="cpu")
+    again = replace(config, align=0.5, align_width=0)
+    train_decoder(*made, tmp_path / "aligned", again, same, init=tmp_path / "plain", device="cpu")
+    assert torch.allclose(weights(tmp_path / "aligned")["network.enter.weight"], one["network.enter.weight"], atol=1e-6)
+
+
+def test_what_does_not_fit_an_init_is_refused_in_one_line(house, tmp_path):
+    train_decoder(house / "shards", house / "clip", tmp_path / "first", EVERYTHING, FIT, device="cpu")
+    config = load_decoder(tmp_path / "first")[0].config
+    tiny.clip(tmp_path / "other", seed=1)
+    for clip, changed, said in (
+        (tmp_path / "other", config, "another CLIP"),
+        (house / "clip", replace(config, widths=(16, 64)), "the config needs"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train_decoder(house / "shards", clip, tmp_path / "d", changed, FIT, init=tmp_path / "first", device="cpu")
+    with pytest.raises(UserError, match="no preset 'huge'"):
+        settings_from(tmp_path / "first", "huge")
