@@ -1,8 +1,8 @@
 """What prior and decoder reach on captioned pictures: figures as json, a markdown page, and sheets to look at.
 
     python benchmarks/unclip_quality.py --train 'D/train-*.tar' --seen 'D/seen-*.tar' --val 'D/val-*.tar' --clip clip \\
-        --work DIR [--prior-set minutes=5] [--decoder-preset laptop] [--decoder-set minutes=60] [--count 400] \\
-        [--upsampler upsampler]
+        --work DIR [--prior-set minutes=5] [--decoder-preset laptop] [--decoder-set minutes=60] [--decoder-init DIR] \\
+        [--count 400] [--upsampler upsampler]
 
 All of it by the command line that a user has, one command after the other; each is resumed or found done when this is
 started again. `seen`: new drawings of trained concepts; `val`: concepts that training never saw. Sheets: 64 concepts of
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--prior-set", action="append", default=[])
     parser.add_argument("--decoder-preset", default="laptop")
     parser.add_argument("--decoder-set", action="append", default=[])
+    parser.add_argument("--decoder-init", type=Path, help="a decoder folder to go on from")
     parser.add_argument("--upsampler", type=Path)
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--device", default="auto")
@@ -55,6 +56,7 @@ def main() -> None:
     pairs = [word for pair in options.prior_set for word in ("--set", pair)]
     unclip("train", "prior", "--embeddings", work / "emb-train", "--out", work / "prior", *pairs)
     pairs = [word for pair in options.decoder_set for word in ("--set", pair)]
+    pairs += ["--init", options.decoder_init] if options.decoder_init else []
     unclip(
         "train", "decoder", "--shards", options.train, "--clip", options.clip, "--preset", options.decoder_preset,
         "--out", work / "decoder", *pairs,
