@@ -6,7 +6,7 @@
 Each picture is drawn from the embedding of a true one. cosine, top1, top10: as the decoder's own CLIP sees the picture,
 to the asked embedding, and its rank among all. judge cosine, judge top10, kernel: as another CLIP sees it, which had no
 part in the drawing; guidance by CLIP can please its own CLIP without making a better picture. contrast: std of the
-pixels over that at guidance 1. calls: samples that went through the decoder's network for a picture, counted.
+pixels over that at guidance 1. calls: samples that go through the networks for a picture, as diffusion.sweep counts.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,6 +26,7 @@ from diffusion.distances import kernel  # noqa: E402
 from diffusion.evaluate import embed_pictures, round_trip  # noqa: E402
 from diffusion.generate import Generator, Sampling  # noqa: E402
 from diffusion.heldout import labels_of  # noqa: E402
+from diffusion.sweep import calls  # noqa: E402
 
 SETTINGS = [
     {"guidance": 1.0},
@@ -42,18 +42,6 @@ SETTINGS = [
     {"guidance": 2.0, "clip_guidance": 0.05},
     *({"guidance": 2.0, "candidates": count} for count in (2, 4)),
 ]
-
-
-class Counting(nn.Module):
-    """A decoder that counts the samples that go through it."""
-
-    def __init__(self, denoiser):
-        super().__init__()
-        self.denoiser, self.network, self.samples = denoiser, denoiser.network, 0
-
-    def forward(self, x, sigma, cond):
-        self.samples += len(x)
-        return self.denoiser(x, sigma, cond)
 
 
 def main() -> None:
@@ -76,16 +64,15 @@ def main() -> None:
     generator = Generator.open(options.decoder, clip=options.clip, guide=options.guide)
     judge, base, plain_std = Clip.load(options.judge), Sampling(), None
     base = replace(base, steps=options.steps, sampler=options.sampler, precision=options.precision)
-    network = generator.decoder
     print("| setting | cosine | top1 | top10 | judge cosine | judge top10 | kernel x 1000 | contrast | calls | CPU s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     with open(options.out, "w") as log:
         for change in SETTINGS:
             if "autoguidance" in change and not options.guide:
                 continue
-            generator.network = generator.decoder = counting = Counting(network)
+            how = replace(base, **change)
             began = time.process_time()
-            made = generator.from_embeddings(rows[picked], how=replace(base, **change), batch_size=32)
+            made = generator.from_embeddings(rows[picked], how=how, batch_size=32)
             spent = (time.process_time() - began) / len(made)
             pictures = [one.picture for one in made]
             own = round_trip(embed_pictures(generator.clip, pictures), picked, rows, labels)
@@ -102,7 +89,7 @@ def main() -> None:
                 "judge_top10": theirs["top10"],
                 "kernel": 1000 * kernel(size * truth.astype(np.float32), size * seen),
                 "contrast": contrast / plain_std,
-                "calls": counting.samples / len(made),
+                "calls": calls(how),
                 "seconds": spent,
             }
             log.write(json.dumps(line) + "\n")

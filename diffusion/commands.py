@@ -108,7 +108,7 @@ def train_distilled(
     decoder: Path, shards: str, clip: Path | None, out: Path, few_steps: str, guidance: float | None, device: str,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Distil a decoder: a student that draws in 1 to 8 steps what its teacher draws in 18, guidance baked in.
+    """Distil a decoder: a student that draws in 1 to 8 steps what its teacher draws in 16, guidance baked in.
 
     \b
     Example:  unclip train distilled --decoder decoder --shards shards --steps 4 --out quick
