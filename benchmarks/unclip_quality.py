@@ -2,7 +2,7 @@
 
     python benchmarks/unclip_quality.py --train 'D/train-*.tar' --seen 'D/seen-*.tar' --val 'D/val-*.tar' --clip clip \\
         --work DIR [--prior-set minutes=5] [--decoder-preset laptop] [--decoder-set minutes=60] [--decoder-init DIR] \\
-        [--count 400] [--upsampler upsampler]
+        [--count 400] [--upsampler upsampler] [--sheet-prior knn]
 
 All of it by the command line that a user has, one command after the other; each is resumed or found done when this is
 started again. `seen`: new drawings of trained concepts; `val`: concepts that training never saw. Sheets: 64 concepts of
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--decoder-set", action="append", default=[])
     parser.add_argument("--decoder-init", type=Path, help="a decoder folder to go on from")
     parser.add_argument("--upsampler", type=Path)
+    parser.add_argument("--sheet-prior", help="a baseline to draw the captions of the sheets with, e.g. knn")
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -116,11 +117,14 @@ def sheets(unclip, options: argparse.Namespace, models: tuple) -> None:
     for split in ("seen", "val"):
         labels = sorted(set(metadata(work / f"emb-{split}")["label"].dropna()))
         chosen = [labels[i * len(labels) // 64] for i in range(64)]
+        with_prior = models
+        if options.sheet_prior:
+            with_prior = ("--prior", options.sheet_prior, "--embeddings", work / "emb-train", *models[2:])
         for style in STYLES:
             name = f"{split}-{style.split()[1]}"
             (work / f"captions-{name}.txt").write_text("\n".join(style.format(label) for label in chosen))
             unclip(
-                "generate", "--file", work / f"captions-{name}.txt", *models, *more, *DRAWN,
+                "generate", "--file", work / f"captions-{name}.txt", *with_prior, *more, *DRAWN,
                 "--out", work / f"pictures-{name}", "--sheet", work / f"sheet-{name}.png",
             )  # fmt: skip
     for name in ("seen", "val"):
