@@ -1,6 +1,7 @@
 """How closely a picture comes back from its own noise, and what text diffs do to it.
 
-    python benchmarks/picture_edits.py --decoder decoder --clip clip --edits edits.txt --sheet edits.png
+    python benchmarks/picture_edits.py --decoder decoder --clip clip --edits edits.txt --sheet edits.png \\
+        [--prior knn --embeddings emb]
 
 edits.txt has a line for each edit: PICTURE | what it is | what it is to become. Printed: PSNR of the round trip by DDIM
 inversion, for each number of steps (median and least of the pictures); then for each strength the mean cosines of what
@@ -40,17 +41,19 @@ def main() -> None:
     parser.add_argument("--decoder", required=True)
     parser.add_argument("--clip", required=True)
     parser.add_argument("--edits", required=True)
-    parser.add_argument("--steps", default="20,50,100")
+    parser.add_argument("--prior", help="a prior folder, or a baseline with --embeddings: edits by its guesses")
+    parser.add_argument("--embeddings")
+    parser.add_argument("--steps", default="20,50", help="of the round trips")
     parser.add_argument("--sheet", help="write the edited pictures to this PNG")
     parser.add_argument("--out", help="write the figures to this json file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    generator = Generator.open(options.decoder, clip=options.clip)
+    generator = Generator.open(options.decoder, options.prior, options.clip, embeddings=options.embeddings)
     with open(options.edits, encoding="utf-8") as file:
         edits = [[part.strip() for part in line.split("|")] for line in file if line.strip()]
     pictures = [Source.open(path) for path, _, _ in edits]
     rows = np.stack([picture.row(generator.clip) for picture in pictures])
-    steps = [int(number) for number in options.steps.split(",")]
+    steps = [int(number) for number in options.steps.split(",") if number]
     figures = {"psnr": {number: round_trips(generator, rows, pictures, number) for number in steps}}
     figures["edits"], made = text_diffs(generator, rows, pictures, edits)
     print(json.dumps(figures, indent=1))

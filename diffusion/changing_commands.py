@@ -34,11 +34,12 @@ repeats_option = click.option(
 def edit(picture, key, text, source, strength, **options: Any) -> None:
     """Change a picture by the difference of two captions (text diffs), what they do not say staying as it was.
 
-    The picture's own noise is found first (DDIM inversion); its embedding is turned towards the difference. A sample of
-    --embeddings has an embedding only, and is drawn from a seed.
+    The picture's own noise is found first (DDIM inversion); its embedding is turned towards the difference: of the
+    texts, or with --prior of what the prior makes of them, which stays nearer to pictures. A sample of --embeddings
+    has an embedding only, and is drawn from a seed.
 
     \b
-    Example:  unclip edit cat.jpg --from "a cat" --to "a dog" --decoder decoder --sheet cat-dog.png
+    Example:  unclip edit cat.jpg --from "a cat" --to "a dog" --prior prior --decoder decoder --sheet cat-dog.png
     """
     from clip_train.settings import UserError
     from diffusion.inversion import FAITHFUL

@@ -143,9 +143,9 @@ def edit(
 ) -> list[Generated]:
     """The picture of embedding `row` (D,) changed towards `text` (text diffs, section 3.3), once for each strength.
 
-    The embedding is turned by `strength` (0 nothing, 1 all the way; the paper takes 0.25 to 0.5) towards the direction
-    text(text) - text(source). source: a caption of the picture as it is; None: the empty caption. picture: the one that
-    the embedding is of; then its own noise is walked, and what the texts do not say stays as it was.
+    The embedding is turned by `strength` (0 nothing, 1 all the way; the paper takes 0.25 to 0.5) towards the difference
+    of the two texts (text_difference). source: a caption of the picture as it is; None: the empty caption. picture: the
+    one that the embedding is of; then its own noise is walked, and what the texts do not say stays as it was.
     """
     strengths = list(strength) if isinstance(strength, Sequence) else [strength]
     for one in strengths:
@@ -167,10 +167,18 @@ def edit(
 
 
 def text_difference(generator: Generator, text: str, source: str) -> np.ndarray:
-    """text(text) - text(source), (D,), not a unit row. UserError where the two mean the same."""
+    """Where the space changes from `source` to `text`, (D,), not a unit row. UserError where the two mean the same.
+
+    With a prior it is the difference of its guesses (of their means, where it draws them), and points along pictures.
+    Without one it is that of the texts themselves (section 3.3), which leads away from where pictures lie.
+    """
     if generator.clip is None:
         raise UserError("an edit by text needs the CLIP that the decoder was trained with; say where: --clip")
-    target, origin = generator.clip.encode_text([text, source]).numpy()
+    if generator.prior is None:
+        target, origin = generator.clip.encode_text([text, source]).numpy()
+    else:
+        mean = replace(generator.how, prior_steps=1, prior_candidates=1, prior_guidance=1.0)
+        target, origin = generator.image_embeddings([text, source], [0, 0], mean).numpy()
     if not np.linalg.norm(target - origin) > 1e-4:
         raise UserError(f"the texts {source!r} and {text!r} mean the same to this CLIP: nothing to change")
     return target - origin

@@ -7,7 +7,8 @@ import torch
 
 from clip_train.settings import UserError
 from diffusion.again import make_again
-from diffusion.generate import Sampling
+from diffusion.baselines import Baseline
+from diffusion.generate import Generator, Sampling
 from diffusion.inversion import FAITHFUL, slerp_noise
 from diffusion.manipulate import edit, interpolate, slerp, strip, vary
 
@@ -98,6 +99,26 @@ def test_an_edit_turns_the_embedding_towards_the_difference_of_the_texts(generat
     assert np.abs(pixels([whole])[0] - pixels(generator.from_embeddings((dog - cat)[None], [0], HOW))[0]).max() <= 1
     with pytest.raises(UserError, match="nothing to change"):
         edit(generator, row, "a cat", how=HOW, source="a cat")
+
+
+class Turned(Baseline):
+    """A prior whose guess is the text, turned."""
+
+    name, embed_dim = "turned", 32
+
+    def guess(self, text):
+        return text @ self.turn
+
+
+def test_an_edit_with_a_prior_goes_along_the_difference_of_its_guesses(generator):
+    (row,) = rows(generator, 1)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
+    prior = Turned()
+    prior.turn = turn
+    with_prior = Generator(generator.clip, prior, generator.decoder)
+    (whole,) = edit(with_prior, row, "a dog", how=HOW, source="a cat", strength=1)
+    dog, cat = (generator.clip.encode_text(["a dog", "a cat"]) @ turn).numpy()
+    assert np.abs(pixels([whole])[0] - pixels(generator.from_embeddings((dog - cat)[None], [0], HOW))[0]).max() <= 1
 
 
 def test_a_picture_made_by_a_manipulation_can_be_made_again_from_its_record(generator):
