@@ -114,12 +114,12 @@ def sheets(unclip, options: argparse.Namespace, models: tuple) -> None:
     """Pictures to look at: eight by eight concepts in three styles; what one does in the space."""
     work = options.work
     more = ("--upsampler", options.upsampler) if options.upsampler else ()
+    with_prior = models
+    if options.sheet_prior:
+        with_prior = ("--prior", options.sheet_prior, "--embeddings", work / "emb-train", *models[2:])
     for split in ("seen", "val"):
         labels = sorted(set(metadata(work / f"emb-{split}")["label"].dropna()))
         chosen = [labels[i * len(labels) // 64] for i in range(64)]
-        with_prior = models
-        if options.sheet_prior:
-            with_prior = ("--prior", options.sheet_prior, "--embeddings", work / "emb-train", *models[2:])
         for style in STYLES:
             name = f"{split}-{style.split()[1]}"
             (work / f"captions-{name}.txt").write_text("\n".join(style.format(label) for label in chosen))
@@ -137,7 +137,7 @@ def sheets(unclip, options: argparse.Namespace, models: tuple) -> None:
         for a, b in zip(keys[::2], keys[1::2], strict=True):
             unclip("interpolate", f"key:{a}", f"key:{b}", *held, *models[2:], "--frames", 8,
                    "--out", work / f"way-{a}-{b}", "--sheet", work / f"way-{a}-{b}.png")  # fmt: skip
-    edits(unclip, options, models)
+    edits(unclip, options, with_prior)
 
 
 def edits(unclip, options: argparse.Namespace, models: tuple) -> None:
@@ -151,7 +151,7 @@ def edits(unclip, options: argparse.Namespace, models: tuple) -> None:
         if len(found):
             picture = work / f"{source.replace(' ', '-')}.png"
             picture.write_bytes(shards.picture(shards.row_of(found.iloc[0])))
-            unclip("edit", picture, "--from", source, "--to", target, *models[2:], "--clip", options.clip,
+            unclip("edit", picture, "--from", source, "--to", target, *models, "--clip", options.clip,
                    "--out", work / f"edit-{picture.stem}", "--sheet", work / f"edit-{picture.stem}.png")  # fmt: skip
 
 

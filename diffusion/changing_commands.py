@@ -28,7 +28,7 @@ repeats_option = click.option(
 @click.option("--key", help="Of a sample of --embeddings, in place of PICTURE.")
 @click.option("--to", "text", required=True, help="What the picture is to become, e.g. 'a dog'.")
 @click.option("--from", "source", help="What it is, e.g. 'a cat'; the empty caption unless told.")
-@click.option("--strength", default="0.2,0.35,0.5", show_default=True, help="0 nothing to 1 all the way; one or more.")
+@click.option("--strength", default="0.3,0.5,0.7", show_default=True, help="0 nothing to 1 all the way; one or more.")
 @model_options
 @sampling_options
 def edit(picture, key, text, source, strength, **options: Any) -> None:

@@ -137,7 +137,7 @@ def edit(
     how: Sampling | None = None,
     *,
     source: str | None = None,
-    strength: float | Sequence[float] = 0.35,
+    strength: float | Sequence[float] = 0.5,
     picture: Source | None = None,
     on_step: OnStep = None,
 ) -> list[Generated]:
