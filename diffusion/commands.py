@@ -69,8 +69,8 @@ def train_decoder(
     """Train the decoder: image embedding -> picture.
 
     \b
-    Examples:  unclip train decoder --shards shards --clip clip --out decoder --preset laptop --minutes 60
-               unclip train decoder --shards shards --clip clip --out longer --preset laptop --init decoder --lr 1e-3
+    Example:  unclip train decoder --shards shards --clip clip --out decoder --preset laptop --minutes 60
+              unclip train decoder --shards shards --clip clip --out longer --preset laptop --init decoder --lr 1e-3
     """
     from clip_train.ranks import start
     from diffusion import train_decoder as train
