@@ -170,15 +170,17 @@ def text_difference(generator: Generator, text: str, source: str) -> np.ndarray:
     """Where the space changes from `source` to `text`, (D,), not a unit row. UserError where the two mean the same.
 
     With a prior it is the difference of its guesses (of their means, where it draws them), and points along pictures.
-    Without one it is that of the texts themselves (section 3.3), which leads away from where pictures lie.
+    Without one, or with one that tells no texts apart, it is that of the texts themselves (section 3.3), which leads
+    away from where pictures lie.
     """
     if generator.clip is None:
         raise UserError("an edit by text needs the CLIP that the decoder was trained with; say where: --clip")
-    if generator.prior is None:
-        target, origin = generator.clip.encode_text([text, source]).numpy()
-    else:
+    if generator.prior is not None:
         mean = replace(generator.how, prior_steps=1, prior_candidates=1, prior_guidance=1.0)
         target, origin = generator.image_embeddings([text, source], [0, 0], mean).numpy()
+        if np.linalg.norm(target - origin) > 1e-4:
+            return target - origin  # else it makes the same of all texts, as the baseline "mean" does
+    target, origin = generator.clip.encode_text([text, source]).numpy()
     if not np.linalg.norm(target - origin) > 1e-4:
         raise UserError(f"the texts {source!r} and {text!r} mean the same to this CLIP: nothing to change")
     return target - origin
