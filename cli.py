@@ -11,6 +11,7 @@ import diffusion.commands as diffusion_commands
 import diffusion.drawing_commands as drawing_commands
 import diffusion.ema_commands as ema_commands
 import diffusion.evaluate_commands as evaluate_commands
+import diffusion.lab.commands as lab_commands
 import diffusion.upsample_commands as upsample_commands
 import retrieval.commands as retrieval_commands
 from clip_train.console import CONTEXT, is_main, say
@@ -103,6 +104,11 @@ def export() -> None:
     """
 
 
+@cli.group(context_settings=CONTEXT)
+def lab() -> None:
+    """See contrastive learning and diffusion work: each claim as pictures and as numbers with a verdict."""
+
+
 COMMANDS = {
     cli: [
         clip_commands.shard,
@@ -151,6 +157,7 @@ COMMANDS = {
         retrieval_commands.index_compact,
     ],
     export: [clip_commands.export_hf, clip_commands.export_onnx],
+    lab: lab_commands.COMMANDS,
 }
 for group, commands in COMMANDS.items():
     for command in commands:

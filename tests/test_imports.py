@@ -16,7 +16,7 @@ ALLOWED = {
 # Where the rooms meet: the whole loop, and the part of the server that draws.
 EXCEPTIONS = {"diffusion/quickstart.py": {"retrieval"}, "retrieval/studio.py": {"diffusion"}}
 OURS = {*ALLOWED, "cli"}
-FILES = sorted(p for room in ALLOWED for p in (ROOT / room).glob("*.py"))
+FILES = sorted(p for room in ALLOWED for p in (ROOT / room).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -30,10 +30,10 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_import_follows_the_arrow(path):
-    room = path.parent.name
-    allowed = ALLOWED[room] | EXCEPTIONS.get(f"{room}/{path.name}", set())
+    room = path.relative_to(ROOT).parts[0]
+    allowed = ALLOWED[room] | EXCEPTIONS.get(path.relative_to(ROOT).as_posix(), set())
     assert imported(path) & OURS <= allowed
 
 

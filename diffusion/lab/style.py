@@ -1,0 +1,103 @@
+"""How the lab's pictures look: one colour for one thing everywhere, all of them told apart by colour-blind people.
+
+The eight colours are Okabe and Ito's (2008). Text is large enough to be read at half size; no axis is without a label.
+"""
+
+import io
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from clip_train.folder import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+)  # fmt: skip
+GREY = "#8A8A8A"
+COLOURS = {
+    "data": BLUE,  # true points, real pictures
+    "noise": GREY,
+    "model": RED,  # what a network made or believes
+    "exact": GREEN,  # the closed form
+    "conditional": BLUE,
+    "unconditional": GREY,
+    "guided": RED,
+    "text": ORANGE,
+    "image": BLUE,
+    "person": ORANGE,  # the three classes of the spiral
+    "dog": SKY,
+    "cat": PINK,
+    # samplers
+    "ddpm": ORANGE,
+    "ddpm without noise": BLACK,
+    "ddim": SKY,
+    "heun": BLUE,
+    "dpmpp_2m": RED,
+    # schedules
+    "vp_linear": ORANGE,
+    "cosine": SKY,
+    "karras": BLUE,
+    "flow": GREEN,
+    "log": PINK,
+}
+MARKS = {"ddpm": "o", "ddpm without noise": "x", "ddim": "s", "heun": "^", "dpmpp_2m": "D"}
+DPI = 120
+
+
+def drawing() -> AbstractContextManager:
+    """The context in which figures are made and saved: the lab's text sizes and lines."""
+    from matplotlib import rc_context
+
+    return rc_context(STYLE)
+
+
+def panels(rows: int = 1, columns: int = 1, width: float = 4.4, height: float = 4.2, **options) -> tuple:
+    """(figure, array (rows, columns) of axes), each panel of that many inches, without pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained", dpi=DPI)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def plane(axes: "Axes", title: str = "", reach: float = 1.6) -> None:
+    """The square plane of the spiral: equal units, both pixels' values from -reach to reach."""
+    axes.set_xlim(-reach, reach), axes.set_ylim(-reach, reach)
+    axes.set_aspect("equal")
+    axes.set_xlabel("first pixel"), axes.set_ylabel("second pixel")
+    axes.set_title(title)
+
+
+def save(figure: "Canvas", path: Path) -> None:
+    """Write the figure as a PNG, atomically."""
+    write_file(path, _png(figure))
+
+
+def frame(figure: "Canvas") -> Image.Image:
+    """The figure as a picture, for animations (diffusion.animation.save_animation)."""
+    return Image.open(io.BytesIO(_png(figure))).convert("RGB")
+
+
+def _png(figure: "Canvas") -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.labelsize": 12,
+    "legend.fontsize": 11,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "lines.linewidth": 2.0,
+    "figure.facecolor": "white",
+}
