@@ -69,6 +69,8 @@ def answer(
     top: int = 10,
     permutations: int = 1000,
     seed: int = 0,
+    pool: np.ndarray | None = None,
+    pool_words: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The words nearest to the sum, and how often random terms stand as close to a word.
 
@@ -76,6 +78,8 @@ def answer(
     left out. "margin": how much the first cosine exceeds the second. "p_cosine", "p_margin": the share of
     `permutations` sums of random words with the same weights (their own words left out) whose first cosine, or margin,
     is as large; (1 + as large) / (1 + permutations), so never 0. UserError: fewer than two words left, or a sum of 0.
+    pool (P, D): what the random terms are drawn from where the terms are no texts but, say, pictures; pool_words (P, W)
+    bool: the words that are each one's own.
     """
     weights = np.array([term.weight for term in terms])
     used = {term.text.lower() for term in terms}
@@ -91,15 +95,21 @@ def answer(
     best, margin = float(cosine[order[0]]), float(cosine[order[0]] - cosine[order[1]])
 
     rng = np.random.default_rng(seed)
+    pool = word_rows if pool is None else pool
+    if len(pool) < len(terms):
+        raise UserError(f"{len(pool)} are too few to draw the {len(terms)} terms of {expression!r} from by chance")
     as_close = as_clear = 0
     for low in range(0, permutations, 100):
         drawn = np.stack(
-            [rng.choice(len(words), len(terms), replace=False) for _ in range(min(100, permutations - low))]
+            [rng.choice(len(pool), len(terms), replace=False) for _ in range(min(100, permutations - low))]
         )
-        sums = np.einsum("t,ptd->pd", weights, word_rows[drawn].astype(np.float64))
+        sums = np.einsum("t,ptd->pd", weights, pool[drawn].astype(np.float64))
         sums /= np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
         scores = sums.astype(np.float32) @ word_rows.T
-        np.put_along_axis(scores, drawn, -np.inf, axis=1)
+        if pool_words is None:
+            np.put_along_axis(scores, drawn, -np.inf, axis=1)
+        else:
+            scores[pool_words[drawn].any(axis=1)] = -np.inf
         two = -np.partition(-scores, 1, axis=1)[:, :2]
         as_close += int((two[:, 0] >= best).sum())
         as_clear += int((two[:, 0] - two[:, 1] >= margin).sum())

@@ -65,6 +65,25 @@ def test_random_words_are_as_close_as_random_words():
         assert 0.35 < column.mean() < 0.65 and column.min() >= 1 / 201
 
 
+def test_terms_that_are_no_words_are_drawn_from_a_pool_of_their_own_without_their_words():
+    words, rows, both = world()
+    terms = parse("person with hat - 0.7071*person")
+    given = {"permutations": 200, "seed": 1}
+    plain = answer("x", terms, np.stack([both, rows[0]]), words, rows, **given)
+    same = answer(
+        "x", terms, np.stack([both, rows[0]]), words, rows, pool=rows, pool_words=np.eye(40, dtype=bool), **given
+    )
+    assert same == plain
+    pool = np.concatenate([rows[1:2]] * 3)  # pictures that show nothing but hats
+    own = np.zeros((3, 40), dtype=bool)
+    named = answer("x", terms, np.stack([both, rows[0]]), words, rows, pool=pool, pool_words=own, **given)
+    own[:, 1] = True  # and are called so
+    called = answer("x", terms, np.stack([both, rows[0]]), words, rows, pool=pool, pool_words=own, **given)
+    assert named["p_cosine"] == 1 and called["p_cosine"] == 1 / 201
+    with pytest.raises(UserError, match="1 are too few to draw the 2 terms"):
+        answer("x", terms, np.stack([both, rows[0]]), words, rows, pool=rows[:1], **given)
+
+
 def test_terms_that_cancel_out_and_lists_that_are_too_short_are_one_line():
     words, rows, _ = world()
     with pytest.raises(UserError, match="cancel out"):

@@ -33,6 +33,8 @@ COLOURS = {
     "person": ORANGE,  # the three classes of the spiral
     "dog": SKY,
     "cat": PINK,
+    "one step": ORANGE,  # a network that learned the noise of one step alone
+    "no noise level": PINK,  # a network that is not told the noise level
     # samplers
     "ddpm": ORANGE,
     "ddpm without noise": BLACK,
@@ -68,9 +70,18 @@ def panels(rows: int = 1, columns: int = 1, width: float = 4.4, height: float = 
 def plane(axes: "Axes", title: str = "", reach: float = 1.6) -> None:
     """The square plane of the spiral: equal units, both pixels' values from -reach to reach."""
     axes.set_xlim(-reach, reach), axes.set_ylim(-reach, reach)
+    axes.set_xticks([-1, 0, 1]), axes.set_yticks([-1, 0, 1])
     axes.set_aspect("equal")
     axes.set_xlabel("first pixel"), axes.set_ylabel("second pixel")
     axes.set_title(title)
+
+
+def outer_labels(axes) -> None:
+    """In a grid (rows, columns) of equal panels only the left and the lowest ones name their axes."""
+    for one in axes[:, 1:].flat:
+        one.set_ylabel("")
+    for one in axes[:-1].flat:
+        one.set_xlabel("")
 
 
 def save(figure: "Canvas", path: Path) -> None:

@@ -1,0 +1,214 @@
+"""The figures of `unclip lab spiral`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_train.settings import Progress
+from diffusion.animation import save_animation
+from diffusion.lab.experiment import Figure
+from diffusion.lab.plane import PlaneConfig, Trained
+from diffusion.lab.plane_figures import draw_cloud, draw_curve, draw_field
+from diffusion.lab.spiral import Spiral
+from diffusion.lab.style import COLOURS, drawing, frame, outer_labels, panels, plane, save
+from diffusion.lab.walks import at_level, walk
+from diffusion.samplers import Denoise
+from diffusion.schedule import karras_sigmas
+
+TOTAL, STEP, BLIND, DATA = "total noise", "one step", "no noise level", "data"
+COLOUR = {DATA: COLOURS["data"], TOTAL: COLOURS["model"], STEP: COLOURS["one step"], BLIND: COLOURS["no noise level"]}
+LEVELS = (2.0, 0.5, 0.2, 0.05)  # noise levels at which the field is drawn
+
+
+def figure_of_forward(folder: Path, spiral: Spiral, config: PlaneConfig, seed: int, count: int = 700) -> Figure:
+    """The random walk from the data to noise, with the way of three points."""
+    rng = torch.Generator().manual_seed(seed + 4)
+    x0, _ = spiral.draw(count, rng)
+    sigmas = config.walk
+    steps = torch.randn(len(sigmas), count, 2, generator=rng)
+    added = torch.diff(sigmas**2, prepend=sigmas.new_zeros(1)).sqrt()  # std of each step
+    way = torch.cat([x0[None], x0 + (added[:, None, None] * steps).cumsum(0)])
+    shown = (sigmas <= 1).sum()
+    staying = (way[: shown + 1].abs().amax((0, 2)) < 2.1).nonzero()[:, 0]  # within the picture all the time
+    followed = [staying[_nearest_to(x0[staying], place)] for place in ((-0.05, 0.55), (0.45, -0.65), (-0.65, 0.0))]
+    with drawing():
+        figure, axes = panels(1, 4, width=3.5, height=3.8)
+        for one, sigma in zip(axes[0], (0.0, 0.1, 0.3, 1.0), strict=True):
+            upto = int((sigmas <= sigma).sum())
+            plane(one, "data" if not sigma else f"noise level {sigma:g}", reach=2.2)
+            draw_cloud(one, way[upto], COLOURS["data" if not sigma else "noise"], alpha=0.7)
+            for row in followed:
+                one.plot(*way[: upto + 1, row].T, color="black", linewidth=1.0, zorder=3)
+                one.scatter(*way[upto, row], s=50, c="black", edgecolors="white", zorder=4)
+        outer_labels(axes)
+        save(figure, folder / "forward.png")
+    return Figure(
+        file="forward.png",
+        caption=f"A random walk of {config.walk_steps} small steps takes every point away from the spiral, until "
+        "nothing of it is left. Three points are followed (black).",
+    )
+
+
+def figure_of_targets(
+    folder: Path, spiral: Spiral, config: PlaneConfig, seed: int, sigma: float = 0.3, count: int = 60
+) -> Figure:
+    """At one noisy point: what the total noise, and what the last step, of walks that lead there say of the origin."""
+    rng = torch.Generator().manual_seed(seed + 5)
+    x = torch.tensor([0.1, 0.62])
+    spread = spiral.spread**2 + sigma**2
+    shares = (-(x - spiral.points).square().sum(1) / (2 * spread)).softmax(0)
+    row = torch.multinomial(shares, count, replacement=True, generator=rng)
+    kept = spiral.spread**2 / spread
+    x0 = spiral.points[row] + kept * (x - spiral.points[row])
+    x0 = x0 + (kept * sigma**2) ** 0.5 * torch.randn(count, 2, generator=rng)
+    share = config.step_share
+    noise = (x - x0) / sigma
+    step = share**0.5 * noise + (1 - share) ** 0.5 * torch.randn(count, 2, generator=rng)
+    exact = at_level(spiral.denoise, x[None], sigma)
+    with drawing():
+        figure, axes = panels(1, 2, width=4.6, height=5.2)
+        for one, guess, name in ((axes[0, 0], x0, TOTAL), (axes[0, 1], x - sigma * step / share**0.5, STEP)):
+            plane(one, "back along the total noise" if name == TOTAL else "back along the last step")
+            draw_curve(one)
+            for end in guess:
+                one.plot(*torch.stack([x, end]).T, color=COLOUR[name], linewidth=1.2, alpha=0.55, zorder=1)
+            draw_cloud(one, guess, COLOUR[name], size=16, alpha=0.9)
+            one.scatter(*x, s=90, c="white", edgecolors="black", linewidths=2, zorder=5, label="noisy point x")
+            one.scatter(*exact.T, s=110, marker="*", c=COLOURS["exact"], edgecolors="white", linewidths=0.8, zorder=6,
+                        label="mean of all such lines")  # fmt: skip
+        axes[0, 0].legend(loc="lower left", borderaxespad=0.1)
+        outer_labels(axes)
+        save(figure, folder / "targets.png")
+    return Figure(
+        file="targets.png",
+        caption=f"{count} walks that all arrive at one noisy point (noise level {sigma:g}). Left: back along their "
+        "total noise, each line ends on the spiral. Right: back along their last step, drawn out to the same mean: the "
+        f"lines go everywhere, far beyond the picture. A step is {100 * share:.2g} % of the walk's variance.",
+    )
+
+
+def figure_of_losses(folder: Path, levels: list[float], losses: list[dict[str, Any]]) -> Figure:
+    """Floor and loss of both targets against the noise level."""
+    with drawing():
+        figure, axes = panels(1, 1, width=6.4, height=4.4)
+        one = axes[0, 0]
+        for name, key in ((STEP, "step"), (TOTAL, "total")):
+            one.plot(levels, [row[f"{key}_floor"] for row in losses], color=COLOUR[name], zorder=2)
+            one.scatter(levels, [row[f"{key}_loss"] for row in losses], color=COLOUR[name], s=52, zorder=3)
+        one.text(levels[-1], 1.03, "noise of one step", color=COLOUR[STEP], ha="right", va="bottom", fontsize=13)
+        one.text(0.9, 0.33, "total noise", color=COLOUR[TOTAL], ha="left", va="bottom", fontsize=13)
+        one.plot([], [], color="#555555", label="cannot be known from x")
+        one.scatter([], [], color="#555555", s=52, label="loss of the network")
+        one.set_xscale("log")
+        one.set_ylim(0, 1.15)
+        one.set_xlabel("noise level"), one.set_ylabel("share of the target's variance")
+        one.legend(loc="lower left")
+        save(figure, folder / "loss.png")
+    return Figure(
+        file="loss.png",
+        caption="Of the noise of a single step nearly all is unknowable from where one is, so its loss is flat at 1 "
+        "and says nothing. Of the total noise more and more can be known as it grows. Dots: the losses that the two "
+        "networks reached; a line is the floor.",
+    )
+
+
+def figure_of_samples(folder: Path, drawn: dict[str, Tensor], quality: dict[str, dict[str, float]]) -> Figure:
+    """True points beside those drawn by each network."""
+    heads = {DATA: "data", TOTAL: "total noise", STEP: "one step only", BLIND: "not told the noise level"}
+    with drawing():
+        figure, axes = panels(1, len(drawn), width=3.5, height=4.0)
+        for one, (name, points) in zip(axes[0], drawn.items(), strict=True):
+            plane(one, f"{heads[name]}\n{quality[name]['distance']:.3f} from the spiral", reach=1.3)
+            draw_cloud(one, points, COLOUR[name])
+        outer_labels(axes)
+        save(figure, folder / "samples.png")
+    return Figure(
+        file="samples.png",
+        caption="Points that each network draws (ddpm), alike in size, training and seed. Only the one that learned "
+        "the total noise and is told how much there is draws the spiral. Numbers: mean distance to the curve.",
+    )
+
+
+def figure_of_fields(folder: Path, spiral: Spiral, told: Denoise, blind: Denoise) -> list[Figure]:
+    """The learned field above the exact one, and the field of the network that is not told the noise level."""
+    rows = (("learned", told, COLOURS["model"]), ("exact", spiral.denoise, COLOURS["exact"]))
+    with drawing():
+        figure, axes = panels(2, len(LEVELS), width=3.4, height=3.75)
+        _draw_row(axes[0], *rows[0])
+        _draw_row(axes[1], *rows[1])
+        outer_labels(axes)
+        save(figure, folder / "field.png")
+        figure, axes = panels(1, len(LEVELS), width=3.4, height=3.7)
+        _draw_row(axes[0], "not told", blind, COLOURS["no noise level"])
+        outer_labels(axes)
+        save(figure, folder / "blind.png")
+    return [
+        Figure(
+            file="field.png",
+            caption="Where the arrows point from each noisy point: to the middle of everything while noise is high, to "
+            "the nearest turn of the spiral when it is low. Above: the network's; below: the exact score of the "
+            "training points. Short arrows are drawn longer than they are.",
+        ),
+        Figure(
+            file="blind.png",
+            caption="Without the noise level the network has one and the same field for all levels but for the scale "
+            "of x: a compromise between the middle and the turns.",
+        ),
+    ]
+
+
+def figure_of_errors(folder: Path, levels: list[float], errors: dict[str, list[float]]) -> Figure:
+    """Relative error of each network's field against the noise level."""
+    with drawing():
+        figure, axes = panels(1, 1, width=6.4, height=4.4)
+        one = axes[0, 0]
+        for name in (STEP, BLIND, TOTAL):
+            one.plot(levels, [100 * error for error in errors[name]], color=COLOUR[name], marker="o", label=name)
+        one.axhline(100, color=COLOURS["noise"], linewidth=1.2, linestyle="--", zorder=0)
+        one.text(levels[-1], 103, "as wrong as no arrow at all", ha="right", va="bottom", color="#555555", fontsize=11)
+        one.set_xscale("log")
+        one.set_ylim(0, max(130, 110 * max(max(error) for error in errors.values())))
+        one.set_xlabel("noise level"), one.set_ylabel("error of the learned field, %")
+        one.legend(loc="center right")
+        save(figure, folder / "error.png")
+    return Figure(
+        file="error.png",
+        caption="How far each learned field is from the exact score, as a share of its length: small everywhere for "
+        "the network that learned the total noise and knows the level.",
+    )
+
+
+def field_animation(folder: Path, denoise: Trained, frames: int, seed: int, on_progress: Progress | None) -> Figure:
+    """Noise turning into the spiral over the field that carries it, on the plane shrunk to the data's size."""
+    way = walk("ddim", denoise, karras_sigmas(max(frames - 1, 1), denoise.config.sigma_min, LEVELS[0]), 500, seed)
+    path, pictures = way.path, []
+    with drawing():
+        for step, points in enumerate(path):
+            last = step == len(path) - 1
+            sigma = float(way.sigmas[min(step, way.calls - 1)])
+            figure, axes = panels(1, 1, width=4.6, height=4.7)
+            plane(axes[0, 0], f"noise level {0 if last else sigma:.2g}", reach=1.5)
+            draw_field(axes[0, 0], denoise, sigma, COLOURS["noise"], cells=13, reach=1.4, vp=True)
+            draw_cloud(axes[0, 0], points, COLOURS["model"], size=8, alpha=0.8)
+            pictures.append(frame(figure))
+            if on_progress:
+                on_progress(step + 1, len(path), stage="animation")
+        save_animation([*pictures, *[pictures[-1]] * 10], folder / "field.gif", seconds=0.15)
+    return Figure(
+        file="field.gif",
+        caption="The field changes as the noise level falls (grey), and carries noise to the spiral (red). The plane "
+        "is shrunk to the size of the data at every level.",
+    )
+
+
+def _draw_row(axes, name: str, denoise: Denoise, colour: str) -> None:
+    for one, sigma in zip(axes, LEVELS, strict=True):
+        plane(one, f"{name}, noise {sigma:g}", reach=1.4)
+        draw_curve(one)
+        draw_field(one, denoise, sigma, colour, cells=13, reach=1.4)
+
+
+def _nearest_to(points: Tensor, place: tuple[float, float]) -> int:
+    return int((points - torch.tensor(place)).norm(dim=1).argmin())

@@ -1,0 +1,114 @@
+"""The figures of `unclip lab sampling`."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clip_train.settings import Progress
+from diffusion.animation import save_animation
+from diffusion.lab.experiment import Figure
+from diffusion.lab.plane import Trained
+from diffusion.lab.plane_figures import draw_cloud, draw_curve, draw_field, draw_paths
+from diffusion.lab.style import COLOURS, MARKS, drawing, frame, outer_labels, panels, plane, save
+from diffusion.lab.walks import walk
+
+SHOWN = {"ddpm": "ddpm", "ddpm without noise": "ddpm_mean", "ddim": "ddim"}  # name in the figures -> sampler
+NAMES = {"ddpm": "DDPM", "ddpm without noise": "DDPM without its noise", "ddim": "DDIM", "heun": "Heun",
+         "dpmpp_2m": "DPM-Solver++"}  # fmt: skip
+
+
+def figure_of_paths(folder: Path, network: Trained, steps: int, seed: int, count: int = 4) -> Figure:
+    """The ways of a few points, from the same noise, over the field half way down."""
+    half = 0.25
+    with drawing():
+        figure, axes = panels(1, len(SHOWN), width=4.2, height=4.5)
+        for one, (shown, sampler) in zip(axes[0], SHOWN.items(), strict=True):
+            plane(one, NAMES[shown], reach=1.5)
+            draw_curve(one)
+            draw_field(one, network, half, "#CFCFCF", cells=13, reach=1.5, vp=True)
+            draw_paths(one, walk(sampler, network, network.config.grid(steps), count, seed).path, COLOURS[shown])
+        outer_labels(axes)
+        save(figure, folder / "paths.png")
+    return Figure(
+        file="paths.png",
+        caption=f"{count} points on their way from noise (rings) to where they end (dots), the plane shrunk to the "
+        f"data's size at every level; grey: the field at noise level {half:g}. DDPM goes astray and is led back again "
+        "and again; without its noise all points go to the middle of the data, and end together; DDIM goes smoothly.",
+    )
+
+
+def figure_of_ends(folder: Path, ends: dict[str, Tensor], walks: dict[str, dict[str, float]]) -> Figure:
+    """Where many points end, with the share of the variance that is left."""
+    with drawing():
+        figure, axes = panels(1, len(ends), width=4.2, height=4.9)
+        for one, (shown, points) in zip(axes[0], ends.items(), strict=True):
+            kept, full = 100 * walks[shown]["variance"], 100 * walks[shown]["coverage"]
+            share = f"{kept:.0f}" if kept >= 1 else f"{kept:.1g}"
+            plane(one, f"{NAMES[shown]}\n{share} % of the variance\n{full:.0f} % of the curve", reach=1.3)
+            draw_curve(one)
+            draw_cloud(one, points, COLOURS[shown], size=9)
+        outer_labels(axes)
+        save(figure, folder / "ends.png")
+    return Figure(
+        file="ends.png",
+        caption=f"Where {len(points)} points end that start from the same noise. Without the noise that DDPM adds on "
+        "its way they all come to the same few places.",
+    )
+
+
+def figure_of_evaluations(folder: Path, rows: list[dict[str, Any]], floor: float) -> Figure:
+    """Distance from the spiral against calls of the network, a line for each sampler."""
+    with drawing():
+        figure, axes = panels(1, 1, width=6.6, height=4.8)
+        one = axes[0, 0]
+        for sampler in dict.fromkeys(row["sampler"] for row in rows):
+            mine = [row for row in rows if row["sampler"] == sampler]
+            one.plot(
+                [row["evaluations"] for row in mine],
+                [max(row["energy"], 1e-4) for row in mine],
+                color=COLOURS[sampler],
+                marker=MARKS[sampler],
+                markersize=7,
+                label=NAMES[sampler],
+            )
+        one.axhline(floor, color=COLOURS["data"], linestyle="--", linewidth=1.5, zorder=0)
+        one.text(2, floor * 0.9, "data against other data", color=COLOURS["data"], va="top")
+        one.set_ylim(2e-4, 0.6)
+        one.set_xscale("log", base=2), one.set_yscale("log")
+        ticks = [2, 4, 8, 16, 32, 64, 128]
+        one.set_xticks(ticks, [str(tick) for tick in ticks])
+        one.set_xlabel("evaluations of the network"), one.set_ylabel("energy distance from the spiral")
+        one.legend(loc="upper right")
+        save(figure, folder / "evaluations.png")
+    return Figure(
+        file="evaluations.png",
+        caption="How far the drawn points, as a whole, are from the spiral's (energy distance: 0 only if they are "
+        "spread over it as the data is) against how often the network was asked. With few, the deterministic ones win.",
+    )
+
+
+def walk_animation(folder: Path, network: Trained, frames: int, seed: int, on_progress: Progress | None) -> Figure:
+    """DDPM with and without its noise, side by side, from the same start."""
+    pair = {shown: SHOWN[shown] for shown in ("ddpm", "ddpm without noise")}
+    ways = {shown: walk(sampler, network, network.config.grid(frames - 1 or 1), 500, seed)
+            for shown, sampler in pair.items()}  # fmt: skip
+    sigmas, pictures = [*ways["ddpm"].sigmas.tolist(), 0.0], []
+    with drawing():
+        for step, sigma in enumerate(sigmas):
+            figure, axes = panels(1, 2, width=4.0, height=4.4)
+            for one, (shown, way) in zip(axes[0], ways.items(), strict=True):
+                plane(one, NAMES[shown], reach=1.5)
+                draw_curve(one)
+                draw_cloud(one, way.path[step], COLOURS[shown], size=8, alpha=0.8)
+            axes[0, 0].text(-1.4, 1.32, f"noise level {sigma:.2g}", fontsize=12)
+            outer_labels(axes)
+            pictures.append(frame(figure))
+            if on_progress:
+                on_progress(step + 1, len(sigmas), stage="animation")
+        save_animation([*pictures, *[pictures[-1]] * 10], folder / "walk.gif", seconds=0.15)
+    return Figure(
+        file="walk.gif",
+        caption="500 points walk from noise to the data, with DDPM's noise (left) and without (right): the same "
+        "network, the same start.",
+    )

@@ -1,0 +1,104 @@
+"""`lab spiral` at a third of its training: every claim holds, and the measures that it rests on are worked by hand."""
+
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from clip_train.settings import UserError
+from diffusion.lab.field import STEP, TOTAL, FieldConfig, field, findings, known_and_unknown, relative_error
+from diffusion.lab.plane import PlaneConfig
+from diffusion.lab.spiral import Spiral
+
+SPIRAL = Spiral.of(100)
+SMALL = FieldConfig(plane=PlaneConfig(steps=1200), points=300, drawn=1000, draw_steps=32, levels=6, frames=3)
+
+
+class Exact:
+    """What knows everything, in the place of a trained network."""
+
+    config = PlaneConfig()
+
+    def __call__(self, x, sigma, cond=None):
+        return SPIRAL.denoise(x, sigma, cond)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spiral")
+    return field(SMALL, folder), folder
+
+
+def value(experiment, name):
+    return next(one.value for one in experiment.findings if one.name == name)
+
+
+def test_every_claim_of_the_experiment_holds(done):
+    assert [one.verdict for one in done[0].findings if not one.holds] == []
+
+
+def test_training_on_the_total_noise_beats_training_on_one_step(done):
+    assert value(done[0], "one_step_distance") > 3 and value(done[0], "one_step_energy") > 2
+    assert value(done[0], "step_floor") > 98 > 60 > value(done[0], "total_floor")
+
+
+def test_being_told_the_noise_level_beats_not_being_told(done):
+    assert value(done[0], "blind_distance") > 3 and value(done[0], "blind_energy") > 3
+
+
+def test_the_learned_field_is_near_the_exact_score_at_every_noise_level(done):
+    rows = done[0].tables["field_error"]
+    assert len(rows) == 6 and max(row[TOTAL] for row in rows) < 0.4 < 0.6 < max(row[STEP] for row in rows)
+
+
+def test_losses_come_near_their_floors_and_not_below(done):
+    for row in done[0].tables["loss"]:
+        assert row["total_floor"] - 0.01 < row["total_loss"] < row["total_floor"] + 0.1
+        assert row["step_floor"] - 0.06 < row["step_loss"] < row["step_floor"] + 0.06
+
+
+def test_figures_are_there_and_are_pictures(done):
+    experiment, folder = done
+    assert {one.file for one in experiment.figures} == {path.name for path in folder.iterdir()}
+    for one in experiment.figures:
+        with Image.open(folder / one.file) as picture:
+            assert min(picture.size) > 400 and one.caption.endswith(".")
+
+
+def test_the_relative_error_is_nothing_for_the_exact_field_one_for_none_and_two_for_the_field_turned_round():
+    def turned(x, sigma):
+        return 2 * x - SPIRAL.denoise(x, sigma)
+
+    for sigma in (0.02, 1.0):
+        assert relative_error(SPIRAL.denoise, SPIRAL, sigma, 0) == 0
+        assert relative_error(lambda x, sigma: x, SPIRAL, sigma, 0) == pytest.approx(1)
+        assert relative_error(turned, SPIRAL, sigma, 0) == pytest.approx(2, rel=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.3, 10.0])
+def test_who_knows_everything_has_the_floors_as_losses(sigma):
+    row = known_and_unknown({TOTAL: Exact(), STEP: Exact()}, SPIRAL, sigma, 0, count=20_000)
+    assert row["total_loss"] == row["total_floor"]
+    assert row["step_loss"] == pytest.approx(row["step_floor"], abs=0.03)
+    assert row["step_over_total"] > 1 / Exact.config.step_share
+
+
+def test_far_from_the_data_the_floor_is_its_variance_over_that_of_the_noise():
+    row = known_and_unknown({TOTAL: Exact(), STEP: Exact()}, SPIRAL, 10.0, 0, count=20_000)
+    variance = SPIRAL.points.var(0, correction=0).mean().item() + SPIRAL.spread**2
+    assert row["total_floor"] == pytest.approx(variance / (100 + variance), rel=0.1)
+
+
+def test_a_network_as_bad_as_its_rivals_bears_no_claim_out():
+    same = {"distance": 0.1, "energy": 0.01}
+    quality = {name: same for name in ("data", "total noise", "one step", "no noise level")}
+    losses = [known_and_unknown({TOTAL: Exact(), STEP: Exact()}, SPIRAL, 1.0, 0, count=500)]
+    said = findings(Exact.config, quality, {TOTAL: [0.9], STEP: [0.9]}, losses)
+    assert {one.name for one in said if not one.holds} >= {
+        "one_step_distance", "one_step_energy", "blind_distance", "blind_energy", "field_error"
+    }  # fmt: skip
+
+
+def test_a_config_that_cannot_be_measured_is_refused():
+    with pytest.raises(UserError, match="drawn >= 100"):
+        replace(SMALL, drawn=5)

@@ -1,0 +1,120 @@
+"""`lab guidance` on a briefly trained network, and with the exact denoiser of noisy labels in its place."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import diffusion.lab.commands as commands
+from clip_train.settings import UserError
+from diffusion.lab.plane import PlaneConfig
+from diffusion.lab.spiral import NOTHING, Spiral, curve
+from diffusion.lab.steering import (
+    CAT,
+    SteeringConfig,
+    class_scores,
+    draw,
+    mean_over_classes,
+    oversaturated,
+    shares,
+    steering,
+)
+
+NOISY = PlaneConfig(labels=True, wrong_label=0.2, steps=1500)
+SMALL = SteeringConfig(plane=NOISY, points=300, drawn=300, scales=(0.0, 1.0, 3.0, 10.0), draw_steps=24)
+SPIRAL = Spiral.of(100)
+
+
+def exact(x, sigma, cond):
+    return SPIRAL.denoise(x, sigma, cond, wrong=0.2)
+
+
+def drawn(label, unwanted, scale):
+    return draw(SMALL, exact, label, unwanted, scale)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guidance")
+    return steering(SMALL, folder), folder
+
+
+def test_every_claim_of_the_experiment_holds(done):
+    assert [one.verdict for one in done[0].findings if not one.holds] == []
+
+
+def test_guidance_from_1_to_3_raises_the_precision_of_every_class(done):
+    found = {(row["scale"], row["class"]): row["precision"] for row in done[0].tables["scales"]}
+    for name in ("person", "dog", "cat"):
+        assert found[3.0, name] > found[1.0, name] + 0.04 > found[0.0, name] + 0.3
+
+
+def test_not_cat_draws_hardly_any_cats_and_fewer_the_stronger(done):
+    cats = [row["cat"] for row in done[0].tables["not_cat"]]
+    assert cats == sorted(cats, reverse=True) and cats[-1] < 0.06
+
+
+def test_figures_are_there_and_are_pictures(done):
+    experiment, folder = done
+    assert {one.file for one in experiment.figures} == {path.name for path in folder.iterdir()}
+    for one in experiment.figures:
+        with Image.open(folder / one.file) as picture:
+            assert min(picture.size) > 400 and one.caption.endswith(".")
+
+
+def test_as_trained_the_exact_denoiser_is_as_often_right_as_the_labels_and_guided_more_often():
+    right = [class_scores(SPIRAL, drawn(1, NOTHING, scale), 1)["precision"] for scale in (0.0, 1.0, 3.0)]
+    assert right[0] == pytest.approx(1 / 3, abs=0.1)
+    assert right[1] == pytest.approx(0.8 + 0.2 / 3, abs=0.08)
+    assert right[2] > 0.95
+
+
+def test_guidance_with_its_two_conditions_exchanged_drives_points_out_of_the_class():
+    assert shares(drawn(CAT, NOTHING, 3.0))["cat"] > 0.95
+    assert shares(drawn(NOTHING, CAT, 3.0))["cat"] < 0.05
+
+
+def test_a_point_counts_where_it_is_on_the_curve_and_in_the_part_of_its_class():
+    spiral = Spiral.of(60, spread=0.02)
+    on = curve(torch.tensor([0.1, 0.2, 0.5, 0.9]))
+    points = torch.cat([on, torch.tensor([[3.0, 3.0]])])
+    first = class_scores(spiral, points, 0)
+    assert first["precision"] == pytest.approx(0.4) and first["outside"] == pytest.approx(0.2)
+    assert first["coverage"] == pytest.approx(2 / 16)  # 16 of the 48 bins are the class's
+    assert class_scores(spiral, points, 1)["precision"] == pytest.approx(0.2)
+    assert shares(on) == {"person": 0.5, "dog": 0.25, "cat": 0.25}
+
+
+def test_over_saturation_begins_at_the_lowest_scale_above_1_that_throws_points_off():
+    rows = [{"scale": scale, "class": name, "outside": outside}
+            for scale, outside in ((0.0, 0.5), (1.0, 0.05), (3.0, 0.02), (5.0, 0.15), (10.0, 0.3))
+            for name in ("person", "dog", "cat")]  # fmt: skip
+    assert oversaturated(rows) == 5.0 and oversaturated(rows, 0.9) is None
+    assert mean_over_classes(rows, 5.0, "outside") == pytest.approx(0.15)
+
+
+def test_a_network_without_labels_and_scales_without_1_and_3_are_refused():
+    with pytest.raises(UserError, match="labels = true"):
+        SteeringConfig(plane=PlaneConfig())
+    with pytest.raises(UserError, match="3 is missing"):
+        replace(SMALL, scales=(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        (commands.lab_spiral, ["--steps", "7"], ("spiral", {"steps": 7, "seed": 0})),
+        (commands.lab_sampling, ["--seed", "4"], ("sampling", {"seed": 4, "steps": 3000})),
+        (commands.lab_guidance, ["--wrong-label", "0.1"], ("guidance", {"wrong_label": 0.1, "labels": True})),
+    ],
+)
+def test_the_options_of_the_commands_reach_the_network(monkeypatch, tmp_path, command, arguments, expected):
+    calls = []
+    monkeypatch.setattr(commands, "run", lambda *given: calls.append(given))
+    answer = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert answer.exit_code == 0
+    (name, out, config, experiment), (wanted, fields) = calls[0], expected
+    assert (name, out) == (wanted, tmp_path / "out") and callable(experiment)
+    assert {key: getattr(config.plane, key) for key in fields} == fields
