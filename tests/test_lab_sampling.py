@@ -12,7 +12,7 @@ from diffusion.lab.sampling import SamplingConfig, findings, sampling
 from diffusion.lab.spiral import Spiral
 from diffusion.lab.walks import walk
 
-SMALL = SamplingConfig(plane=PlaneConfig(steps=1500), points=300, drawn=1500, steps=(2, 4, 16, 32), frames=3)
+SMALL = SamplingConfig(plane=PlaneConfig(steps=1500), points=300, drawn=2500, steps=(2, 4, 16, 32), frames=3)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ class SamplingConfig:
 
     plane: PlaneConfig = PlaneConfig()
     points: int = 500  # training points on the spiral
-    drawn: int = 2000  # points drawn by each sampler, and true ones they are held against
+    drawn: int = 4000  # points drawn by each sampler, and true ones they are held against
     many: int = 64  # steps of the walks that are drawn
     few: int = 16  # steps at which ddim and ddpm are compared
     steps: tuple[int, ...] = (2, 4, 8, 16, 32, 64)  # number of steps against which quality is drawn
