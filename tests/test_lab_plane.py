@@ -114,10 +114,12 @@ def test_progress_names_its_stage():
     assert heard == [(30, 30, "one step")]
 
 
-def test_energy_distance_is_that_of_the_samplers_tests_and_nothing_for_equal_distributions():
+def test_energy_distance_is_that_of_the_samplers_tests_but_for_its_unbiasedness_and_nothing_for_equal_sets():
     a, b = normal(300, 2), normal(400, 2, seed=1) + 1
-    assert energy_distance(a, b) == pytest.approx(gauss.energy_distance(a, b), rel=1e-5)
-    assert abs(energy_distance(a, normal(400, 2, seed=2))) < 0.02 < energy_distance(a, b)
+    within = torch.pdist(a).mean() / 300 + torch.pdist(b).mean() / 400
+    assert energy_distance(a, b) == pytest.approx(gauss.energy_distance(a, b) + within.item(), rel=1e-4)
+    assert energy_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert 0 < energy_distance(a, normal(400, 2, seed=2)) < 0.03 < energy_distance(a, b)
 
 
 def test_scores_of_true_points_and_of_points_fallen_together():

@@ -37,7 +37,7 @@ class FieldConfig:
 
     plane: PlaneConfig = PlaneConfig()  # of the network that learns the total noise
     points: int = 500  # training points on the spiral
-    drawn: int = 2000  # points drawn by each network, and true ones they are held against
+    drawn: int = 4000  # points drawn by each network, and true ones they are held against
     draw_steps: int = 64  # of ddpm
     levels: int = 12  # noise levels at which errors are measured, evenly spread over ln sigma
     frames: int = 40  # of the animation; 0: none

@@ -51,7 +51,7 @@ def sampling(config: SamplingConfig, folder: Path, on_progress: Progress | None 
             for shown, sampler in SHOWN.items()}  # fmt: skip
     walks = {shown: scores(spiral, points, true) for shown, points in {"data": again, **ends}.items()}
     rows = compared(config, network, spiral, true, on_progress)
-    floor = sum(abs(energy_distance(spiral.draw(config.drawn, rng)[0], true)) for _ in range(5)) / 5
+    floor = sum(energy_distance(spiral.draw(config.drawn, rng)[0], true) for _ in range(5)) / 5
     figures = [
         figure_of_paths(folder, network, config.many, seed),
         figure_of_ends(folder, ends, walks),

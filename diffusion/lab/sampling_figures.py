@@ -66,7 +66,7 @@ def figure_of_evaluations(folder: Path, rows: list[dict[str, Any]], floor: float
             mine = [row for row in rows if row["sampler"] == sampler]
             one.plot(
                 [row["evaluations"] for row in mine],
-                [max(row["energy"], 1e-4) for row in mine],
+                [row["energy"] for row in mine],
                 color=COLOURS[sampler],
                 marker=MARKS[sampler],
                 markersize=7,
