@@ -48,7 +48,7 @@ def test_being_told_the_noise_level_beats_not_being_told(done):
 
 def test_the_learned_field_is_near_the_exact_score_at_every_noise_level(done):
     rows = done[0].tables["field_error"]
-    assert len(rows) == 6 and max(row[TOTAL] for row in rows) < 0.4 < 0.6 < max(row[STEP] for row in rows)
+    assert len(rows) == 6 and max(row[TOTAL] for row in rows) < 0.35 < 0.6 < max(row[STEP] for row in rows)
 
 
 def test_losses_come_near_their_floors_and_not_below(done):

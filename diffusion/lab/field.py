@@ -156,7 +156,7 @@ def findings(
                      "those by the one that is"),
         Finding(name="blind_energy", unit="x", value=times(BLIND, "energy"), low=2,
                 says="and their distribution is farther from the spiral's (energy distance)"),
-        Finding(name="field_error", unit="%", value=100 * max(errors[TOTAL]), high=40,
+        Finding(name="field_error", unit="%", value=100 * max(errors[TOTAL]), high=35,
                 says="the learned field is that near the exact score at every noise level (relative error, worst of "
                      f"{len(losses)} levels from {plane.sigma_min:g} to {plane.sigma_max:g})"),
         Finding(name="one_step_field_error", unit="%", value=100 * max(errors[STEP]), low=60,
