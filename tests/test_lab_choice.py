@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import tiny
 
-from diffusion.lab.choice import at_scales, candidates, probabilities
+from diffusion.lab import choice
+from diffusion.lab.choice import at_scales, candidates, draw_zero_shot, probabilities
+from diffusion.lab.pairs import ordinal
 
 COSINES = np.array([0.3, 0.1, -0.2, 0.05])
 
@@ -41,3 +43,17 @@ def test_the_loss_is_that_of_the_training_in_one_direction():
     cosines = tiny.unit_rows(9, 5) @ tiny.unit_rows(9, 5, seed=1).T
     wanted = F.cross_entropy(torch.tensor(12.0 * cosines), torch.arange(9))
     assert at_scales(cosines, [12.0])[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_name_that_is_not_among_the_bars_is_said_to_come_later(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(choice, "save", lambda figure, path: drawn.append(figure.axes[0].get_xlabel()))
+    names, cosines = [f"name {n}" for n in range(30)], -np.arange(30.0)
+    for truth in ("Name 0", "name 6", "name 21", None):
+        draw_zero_shot(tmp_path / "a.png", np.zeros((4, 4, 3)), names, cosines, 1.0, truth)
+    assert drawn == ["", "", "its name comes 22nd", ""]
+
+
+def test_places_are_said_as_words():
+    said = [ordinal(place) for place in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111, 113)]
+    assert said == ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "111th", "113th"]

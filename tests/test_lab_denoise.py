@@ -15,8 +15,9 @@ from diffusion.decoder import DecoderConfig
 from diffusion.examine import open_generator
 from diffusion.generate import Sampling
 from diffusion.lab import commands, denoise_figures
-from diffusion.lab.belief import Real, Track, among_seeds, detail, error, pictures_for
-from diffusion.lab.denoise import DenoiseConfig, denoise, saturation
+from diffusion.lab.belief import Real, Track, among_seeds, detail, error, pictures_for, ratio, saturation
+from diffusion.lab.denoise import DenoiseConfig, denoise
+from diffusion.lab.experiment import Finding
 from diffusion.samplers import SampleNoise
 
 STD = 0.4  # of the exact decoder's pictures around their guess
@@ -114,6 +115,11 @@ def test_detail_is_what_a_blur_takes_away():
     board = ((torch.arange(16)[:, None] + torch.arange(16)) % 2).float().expand(1, 3, 16, 16) * 2 - 1
     assert detail(flat) == pytest.approx(0, abs=1e-10)
     assert detail(ramp) < 0.01 < 0.9 < detail(board) < 1.1
+
+
+def test_a_ratio_to_nothing_is_no_number_and_no_band_holds_it():
+    assert ratio(3, 2) == 1.5
+    assert not Finding(name="bare", says="of nothing", value=ratio(0.0, 0.0), high=0.5).holds
 
 
 def test_saturation_is_none_in_greys_and_all_in_pure_colours():

@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clip_train.settings import UserError
 from diffusion.lab.field import STEP, TOTAL, FieldConfig, field, findings, known_and_unknown, relative_error
 from diffusion.lab.plane import PlaneConfig
-from diffusion.lab.spiral import Spiral
+from diffusion.lab.plane_figures import draw_field
+from diffusion.lab.spiral import Spiral, nearest
 
 SPIRAL = Spiral.of(100)
 SMALL = FieldConfig(plane=PlaneConfig(steps=1200), points=300, drawn=1000, draw_steps=32, levels=6, frames=3)
@@ -26,7 +29,9 @@ class Exact:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spiral")
-    return field(SMALL, folder), folder
+    heard = []
+    made = field(SMALL, folder, lambda done, total, stage, **more: heard.append((stage, done, total)))
+    return made, folder, heard
 
 
 def value(experiment, name):
@@ -58,11 +63,31 @@ def test_losses_come_near_their_floors_and_not_below(done):
 
 
 def test_figures_are_there_and_are_pictures(done):
-    experiment, folder = done
+    experiment, folder, _ = done
     assert {one.file for one in experiment.figures} == {path.name for path in folder.iterdir()}
     for one in experiment.figures:
         with Image.open(folder / one.file) as picture:
             assert min(picture.size) > 400 and one.caption.endswith(".")
+            assert np.asarray(picture.convert("L"))[:, [0, -1]].min() == 255  # nothing is cut off at the sides
+
+
+def test_every_stage_tells_how_far_it_is_to_its_end(done):
+    ended = [stage for stage, at, total in done[2] if at == total]
+    training = [f"training, {name}" for name in ("total noise", "one step", "no noise level")]
+    assert ended == [*training, "samples", "errors", "figures", "animation"]
+
+
+def test_arrows_are_drawn_towards_the_data_and_none_longer_than_its_cell():
+    class Axes:
+        def quiver(self, x, y, u, v, **_):
+            self.start, self.way = torch.stack([x, y], 1), torch.stack([u, v], 1)
+
+    for vp in (False, True):
+        axes = Axes()
+        draw_field(axes, SPIRAL.denoise, 0.05, "black", cells=9, reach=1.4, vp=vp)
+        away, ahead = (nearest(axes.start + share * axes.way)[0] for share in (0.0, 0.05))
+        assert len(away) == 81 and (ahead < away).float().mean() > 0.9  # not all: between turns both ways are as long
+        assert axes.way.norm(dim=1).max().item() == pytest.approx(1.8 * 1.4 / 9)
 
 
 def test_the_relative_error_is_nothing_for_the_exact_field_one_for_none_and_two_for_the_field_turned_round():
@@ -80,7 +105,10 @@ def test_who_knows_everything_has_the_floors_as_losses(sigma):
     row = known_and_unknown({TOTAL: Exact(), STEP: Exact()}, SPIRAL, sigma, 0, count=20_000)
     assert row["total_loss"] == row["total_floor"]
     assert row["step_loss"] == pytest.approx(row["step_floor"], abs=0.03)
-    assert row["step_over_total"] > 1 / Exact.config.step_share
+    share = Exact.config.step_share
+    assert row["step_over_total"] > 1 / share
+    # the variance of the one-step target is that of the step's noise that cannot be known, scaled up by 1 / share
+    assert row["step_over_total"] * row["total_floor"] == pytest.approx(row["step_floor"] / share, rel=1e-5)
 
 
 def test_far_from_the_data_the_floor_is_its_variance_over_that_of_the_noise():

@@ -39,3 +39,14 @@ def test_words_are_words_and_no_markup():
 def test_what_is_outside_the_range_is_cut_off():
     (picture,) = to_pictures(torch.tensor([-9.0, 0.0, 9.0])[None, :, None, None].expand(1, 3, 2, 2))
     assert picture.getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_no_word_is_cut_off_and_no_picture_is_scaled():
+    words = ["told what to draw,\nin very many words indeed", "told nothing"]
+    with style.drawing():
+        figure = mosaic([[RED], [BLUE]], words, ["a heading that is wider than its picture"], title="A title " * 5)
+        (axes,) = figure.axes
+        box, whole = axes.get_tightbbox(), figure.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= whole.width and 0 <= box.y0 < box.y1 <= whole.height
+    place = axes.get_window_extent()
+    assert (round(place.width), round(place.height)) == (CELL, 2 * CELL + GAP)

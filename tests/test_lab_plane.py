@@ -108,6 +108,14 @@ def test_the_same_seed_trains_the_same_network_and_another_another():
     assert one.loss == two.loss
 
 
+def test_who_says_nothing_loses_the_whole_variance_of_either_unit_noise():
+    for target in ("total", "step"):
+        still = train_plane(
+            replace(SMALL, target=target, lr=1e-9, steps=5, batch_size=4096), SPIRAL
+        )  # the last layer begins silent
+        assert still.loss == pytest.approx(1, abs=0.1)
+
+
 def test_progress_names_its_stage():
     heard = []
     train_plane(SMALL, SPIRAL, lambda done, total, **more: heard.append((done, total, more["stage"])), "one step")

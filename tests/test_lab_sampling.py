@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,13 +13,15 @@ from diffusion.lab.sampling import SamplingConfig, findings, sampling
 from diffusion.lab.spiral import Spiral
 from diffusion.lab.walks import walk
 
-SMALL = SamplingConfig(plane=PlaneConfig(steps=1500), points=300, drawn=2500, steps=(2, 4, 16, 32), frames=3)
+SMALL = SamplingConfig(plane=PlaneConfig(steps=1500), points=300, drawn=1500, steps=(2, 4, 16, 32), frames=3)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sampling")
-    return sampling(SMALL, folder), folder
+    heard = []
+    made = sampling(SMALL, folder, lambda done, total, stage, **more: heard.append((stage, done, total)))
+    return made, folder, heard
 
 
 def value(experiment, name):
@@ -48,11 +51,17 @@ def test_evaluations_are_the_calls_of_the_network_two_a_step_for_heun(done):
 
 
 def test_figures_are_there_and_are_pictures(done):
-    experiment, folder = done
+    experiment, folder, _ = done
     assert {one.file for one in experiment.figures} == {path.name for path in folder.iterdir()}
     for one in experiment.figures:
         with Image.open(folder / one.file) as picture:
             assert min(picture.size) > 400 and one.caption.endswith(".")
+            assert np.asarray(picture.convert("L"))[:, [0, -1]].min() == 255  # nothing is cut off at the sides
+
+
+def test_every_stage_tells_how_far_it_is_to_its_end(done):
+    ended = [stage for stage, at, total in done[2] if at == total]
+    assert ended == ["training", "walks", "samplers", "figures", "animation"]
 
 
 def test_the_collapse_is_the_samplers_and_not_the_networks_for_the_exact_denoiser_falls_together_too():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -38,7 +39,9 @@ def drawn(label, unwanted, scale):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guidance")
-    return steering(SMALL, folder), folder
+    heard = []
+    made = steering(SMALL, folder, lambda done, total, stage, **more: heard.append((stage, done, total)))
+    return made, folder, heard
 
 
 def test_every_claim_of_the_experiment_holds(done):
@@ -57,11 +60,16 @@ def test_not_cat_draws_hardly_any_cats_and_fewer_the_stronger(done):
 
 
 def test_figures_are_there_and_are_pictures(done):
-    experiment, folder = done
+    experiment, folder, _ = done
     assert {one.file for one in experiment.figures} == {path.name for path in folder.iterdir()}
     for one in experiment.figures:
         with Image.open(folder / one.file) as picture:
             assert min(picture.size) > 400 and one.caption.endswith(".")
+            assert np.asarray(picture.convert("L"))[:, [0, -1]].min() == 255  # nothing is cut off at the sides
+
+
+def test_every_stage_tells_how_far_it_is_to_its_end(done):
+    assert [stage for stage, at, total in done[2] if at == total] == ["training", "scales", "figures"]
 
 
 def test_as_trained_the_exact_denoiser_is_as_often_right_as_the_labels_and_guided_more_often():
@@ -84,6 +92,8 @@ def test_a_point_counts_where_it_is_on_the_curve_and_in_the_part_of_its_class():
     assert first["precision"] == pytest.approx(0.4) and first["outside"] == pytest.approx(0.2)
     assert first["coverage"] == pytest.approx(2 / 16)  # 16 of the 48 bins are the class's
     assert class_scores(spiral, points, 1)["precision"] == pytest.approx(0.2)
+    last = class_scores(spiral, points, 2)  # what is nearest to it, but off the curve, does not count
+    assert last["precision"] == pytest.approx(0.2) and last["coverage"] == pytest.approx(1 / 16)
     assert shares(on) == {"person": 0.5, "dog": 0.25, "cat": 0.25}
 
 
@@ -115,6 +125,6 @@ def test_the_options_of_the_commands_reach_the_network(monkeypatch, tmp_path, co
     monkeypatch.setattr(commands, "run", lambda *given: calls.append(given))
     answer = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "out")], catch_exceptions=False)
     assert answer.exit_code == 0
-    (name, out, config, experiment), (wanted, fields) = calls[0], expected
-    assert (name, out) == (wanted, tmp_path / "out") and callable(experiment)
-    assert {key: getattr(config.plane, key) for key in fields} == fields
+    (part, out), (name, fields) = calls[0], expected
+    assert (part.name, out) == (name, tmp_path / "out") and callable(part.make)
+    assert {key: getattr(part.config.plane, key) for key in fields} == fields

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion.lab.analogies import Analogy
-from diffusion.lab.pairs import Pairs, square, wrapped
+from diffusion.lab.pairs import Pairs, ordinal, square, wrapped
 from diffusion.lab.style import BLUE, GREY, ORANGE, drawing, panels, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BARS = 6
-_ENDINGS = {1: "st", 2: "nd", 3: "rd"}
 TILES = 4  # pictures of a term that are shown
 
 
@@ -24,9 +23,10 @@ def draw_texts(path: Path, answers: Sequence[tuple[Analogy, dict[str, Any]]]) ->
         figure, axes = panels(1, len(answers), width=4.6, height=4.4)
         for panel, (one, found) in zip(axes[0], answers, strict=True):
             _bars(panel, one, found, ORANGE)
-            panel.set_title(wrapped(one.expression.replace(" - ", " − "), 32, 2) + "\n" + _believed(one, found),
+            panel.set_title(_sum(one) + "\n" + _believed(one, found),
                             parse_math=False)  # fmt: skip
         axes[0, 0].set_ylabel("nearest words")
+        figure.suptitle("Sums of captions, and the words nearest to what is left", fontsize=15)
         save(figure, path)
 
 
@@ -42,6 +42,7 @@ def draw_pictures(
             _bars(below, one, found, BLUE)
             below.set_title(_believed(one, found), parse_math=False)
         axes[1, 0].set_ylabel("nearest words")
+        figure.suptitle("The same sums of pictures, and the words nearest to what is left", fontsize=15)
         save(figure, path)
 
 
@@ -66,13 +67,13 @@ def draw_scores(path: Path, scores: Sequence[tuple[str, float, float]], chance: 
                 )
                 label = "A − B" if alpha == 1 else "A alone"
                 panel.annotate(label, (place, 0), (0, -6), textcoords="offset points", ha="center", va="top")
-        panel.axhline(chance, color=GREY, linestyle="--", label=f"answers shuffled: {chance:.1%}")
+        panel.axhline(chance, color=GREY, linestyle="--", zorder=0, label=f"answers shuffled: {chance:.1%}")
         panel.set_xticks(range(len(scores)), [f"\n{kind}" for kind, _, _ in scores], fontsize=14)
         panel.tick_params(axis="x", length=0)
         panel.set(ylim=(0, 1.22), xlim=(-0.6, len(scores) - 0.4), ylabel="share of the sums")
         panel.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
         panel.legend(loc="upper right")
-        panel.set_title(f"the missing word comes first ({count} sums)")
+        panel.set_title(f"How often the missing word comes first ({count} sums)")
         save(figure, path)
 
 
@@ -94,11 +95,18 @@ def _bars(panel: "Axes", one: Analogy, found: dict[str, Any], colour: str) -> No
     panel.set(xlabel=f"cosine ({found['words']} words ranked)", xlim=(min(0, *cosines), max(cosines) * 1.22))
 
 
+def _sum(one: Analogy) -> str:
+    """The expression in two lines, the second one beginning with a sign."""
+    first, *others = (f"{'−' if term.weight < 0 else '+'} {'' if abs(term.weight) == 1 else f'{abs(term.weight):g} × '}"
+                      f"{term.text}" for term in one.terms)  # fmt: skip
+    return "\n".join(wrapped(line, 34, 1) for line in (first.removeprefix("+ "), " ".join(others)))
+
+
 def _believed(one: Analogy, found: dict[str, Any]) -> str:
     """The margin of the first word over the second, how often chance has one as large, and a word that was missed."""
     ranked = [each["word"].lower() for each in found["answers"]]
     place = ranked.index(one.rest) + 1 if one.rest in ranked else 1
-    missed = f"\n“{one.rest}” comes {place}{_ENDINGS.get(place % 10 if place % 100 not in (11, 12, 13) else 0, 'th')}"
+    missed = f"\n“{one.rest}” comes {ordinal(place)}"
     return f"margin {found['margin']:.2f} (p = {found['p_margin']:.2g})" + (missed if place > 1 else "")
 
 

@@ -110,9 +110,19 @@ def detail(pictures: Tensor) -> float:
     return float((pictures - blurred(pictures, 1.0)).square().mean())
 
 
+def saturation(pictures: Tensor) -> float:
+    """Mean distance of a pixel's strongest from its weakest colour channel: 0 for greys. Pictures (B, 3, S, S)."""
+    return float((pictures.amax(1) - pictures.amin(1)).mean())
+
+
 def error(pictures: Tensor, real: Tensor) -> float:
     """Mean squared difference of pixels in [-1, 1]."""
     return float((pictures - real).square().mean())
+
+
+def ratio(value: float, of: float) -> float:
+    """value / of; NaN, which no band holds, where there is nothing to compare with (a decoder that draws nothing)."""
+    return value / of if of > 1e-12 else float("nan")
 
 
 def among_seeds(pictures: Tensor, count: int) -> float:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_train import metrics
-from diffusion.lab.pairs import wrapped
-from diffusion.lab.style import BLACK, BLUE, GREY, ORANGE, RED, drawing, panels, save
+from diffusion.lab.pairs import ordinal, wrapped
+from diffusion.lab.style import BLACK, BLUE, GREY, RED, drawing, panels, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
 SCALES = np.geomspace(1, 300, 41)
+BARS = 7  # of the most probable that are drawn
 
 
 def probabilities(cosines: np.ndarray, scale: float) -> np.ndarray:
@@ -68,13 +69,14 @@ def draw_zero_shot(
         figure, axes = panels(1, 2, width=4.8, height=4.4, gridspec_kw={"width_ratios": [1, 1.5]})
         left, right = axes[0]
         left.imshow(np.asarray(picture), interpolation="lanczos")
-        left.axis("off")
+        _frameless(left)
         if truth is not None:
-            left.set_title(f"labelled\n{wrapped(truth, 26, 2)}", parse_math=False)
+            left.set_title(f"Labelled\n{wrapped(truth, 26, 2)}", parse_math=False)
         _bars(right, names, share, None if truth is None else truth.lower())
+        left.set_xlabel(_missed(names, share, truth, BARS, "its name"))
         right.axvline(1 / len(names), color=BLACK, linestyle="--", linewidth=1.5)
         right.set_xlabel(f"probability (dashed: a blind guess, 1/{len(names)})")
-        right.set_title(f"which of {len(names)} names? (temperature {1 / scale:.2g})")
+        right.set_title(f"Which of {len(names)} names? (temperature {1 / scale:.2g})")
         save(figure, path)
 
 
@@ -91,16 +93,17 @@ def draw_temperatures(
         widths = [0.75] + [1] * len(scales)
         figure, axes = panels(1, len(widths), width=3.4, height=4.0, gridspec_kw={"width_ratios": widths})
         axes[0, 0].imshow(np.asarray(picture), interpolation="lanczos")
-        axes[0, 0].axis("off")
+        _frameless(axes[0, 0])
+        axes[0, 0].set_xlabel(_missed(captions, probabilities(cosines, 1), captions[own], BARS - 1, "its own caption"))
         for n, (panel, (name, scale)) in enumerate(zip(axes[0, 1:], scales, strict=True)):
             share = probabilities(cosines, scale)
-            _bars(panel, captions, share, captions[own].lower(), names=n == 0, count=6)
+            _bars(panel, captions, share, captions[own].lower(), names=n == 0, count=BARS - 1)
             panel.set(xlim=(0, 1.3), xlabel="probability")
             panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
             if n:
                 panel.set_yticks([])
             panel.set_title(
-                f"temperature {1 / scale:.2g}, {name}\nlike {float(candidates(share)):.1f} equal candidates"
+                f"Temperature {1 / scale:.2g}, {name}:\nas open as {float(candidates(share)):.3g} equal choices"
             )
         save(figure, path)
 
@@ -111,39 +114,51 @@ def draw_curves(path: Path, rows: Sequence[dict[str, float]], own: float, size: 
     best = min(rows, key=lambda row: row["loss"])
     mine = min(rows, key=lambda row: abs(np.log(row["scale"] / own)))
     with drawing():
-        figure, axes = panels(1, 2, width=5.2, height=4.2)
+        figure, axes = panels(1, 2, width=5.2, height=4.6)
         left, right = axes[0]
-        left.plot(heat, [row["loss"] for row in rows], color=BLUE)
+        left.plot(heat, [row["loss"] for row in rows], color=RED)
         left.axhline(np.log(size), color=GREY, linestyle="--")
-        left.annotate(f"blind guess: log {size}", (heat[0], np.log(size)), (0, 5), textcoords="offset points",
-                      ha="right", color="#555555")  # fmt: skip
-        left.plot(best["temperature"], best["loss"], "o", color=BLUE, markersize=9,
+        left.annotate(f"blind guess: log {size}", (heat[-1], np.log(size)), (0, 5), textcoords="offset points",
+                      color="#555555")  # fmt: skip
+        left.plot(best["temperature"], best["loss"], "o", color=RED, markersize=9,
                   label=f"least loss: {best['temperature']:.2g}")  # fmt: skip
-        left.set(ylabel="loss of choosing the own caption (nats)", ylim=(0, 1.6 * np.log(size)))
-        left.set_title("the loss is least at one temperature")
+        left.set(ylabel="loss of choosing the own caption (nats)", ylim=(0, 1.2 * np.log(size)))
+        left.set_yticks(range(int(np.log(size)) + 1))
+        left.set_title("The loss is least at one temperature")
         right.plot(heat, [row["confidence"] for row in rows], color=RED, label="confidence")
-        right.plot(heat, [row["accuracy"] for row in rows], color=BLACK, label="share that is right")
-        right.set(ylim=(0, 1.5), ylabel="share of the batch")
+        right.plot(heat, [row["accuracy"] for row in rows], color=BLUE, label="share that is right")
+        right.set(ylim=(0, 1.06), ylabel="share of the batch")
         right.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
-        right.set_title("confidence melts, the order stays")
+        right.set_title("Confidence melts, the order stays")
         for panel in (left, right):
             panel.set_xscale("log")
             panel.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
             panel.set_xlabel("temperature")
             panel.axvline(
                 1 / own,
-                ymax=0.6 if panel is left else 0.78,
-                color=ORANGE,
+                color=BLACK,
                 linestyle="--",
                 label=f"the CLIP's own: {1 / own:.2g}",
             )
-            panel.legend(loc="upper right")
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         right.plot(mine["temperature"], mine["confidence"], "o", color=RED, markersize=7)
         save(figure, path)
 
 
+def _frameless(panel: "Axes") -> None:
+    panel.set(xticks=[], yticks=[])
+    panel.spines[:].set_visible(False)
+
+
+def _missed(labels: Sequence[str], share: np.ndarray, right: str | None, shown: int, what: str) -> str:
+    """Where the right one comes, if it is not among those shown."""
+    own = [i for i, label in enumerate(labels) if right is not None and label.lower() == right.lower()]
+    place = 1 + int((share > share[own[0]]).sum()) if own else 0
+    return f"{what} comes {ordinal(place)}" if place > shown else ""
+
+
 def _bars(
-    panel: "Axes", labels: Sequence[str], share: np.ndarray, right: str | None, names: bool = True, count: int = 7
+    panel: "Axes", labels: Sequence[str], share: np.ndarray, right: str | None, names: bool = True, count: int = BARS
 ) -> None:
     """The most probable as ranked bars, the right one strong."""
     best = np.argsort(-share, kind="stable")[:count][::-1]

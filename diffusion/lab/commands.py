@@ -3,35 +3,28 @@
 Heavy imports are inside, so that --help answers at once.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from clip_train.console import CONTEXT, Bars, device_option, out_option, say, shards_option
 
+if TYPE_CHECKING:
+    from diffusion.lab.experiment import Part
+
 FOLDER = click.Path(path_type=Path)
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of everything random.")
 
 
-def run(name: str, out: Path, config: Any, experiment: Callable, inputs: dict | None = None) -> None:
-    """Run `experiment` with its config dataclass, then say each finding and where the figures are."""
-    from clip_train.settings import config_to_json
-    from diffusion.lab.experiment import Finding, read_numbers, run_experiment
+def run(part: "Part", out: Path) -> None:
+    """Run it, then say each finding and where the figures are."""
+    from diffusion.lab.experiment import Finding, read_numbers, run_part
 
-    bars = Bars(f"lab {name}")
-    run_experiment(
-        name,
-        out,
-        config_to_json(config),
-        lambda folder, tell: experiment(config, folder, tell),
-        inputs,
-        on_progress=bars,
-    )
+    run_part(part, out, Bars(f"lab {part.name}"))
     numbers = read_numbers(out)
     for one in numbers["findings"]:
-        say(Finding(**{key: value for key, value in one.items() if key != "holds"}).verdict)
+        say(Finding.from_json(one).verdict)
     say(f"look at: {', '.join(str(out / one['file']) for one in numbers['figures'])}")
 
 
@@ -53,34 +46,19 @@ def run(name: str, out: Path, config: Any, experiment: Callable, inputs: dict | 
 @SEED
 @out_option("lab-space")
 @device_option
-def lab_space(clip, shards, expressions, words, classnames, picture, out, device, **options) -> None:
+def lab_space(clip, shards, words, classnames, out, device, **options) -> None:
     """The space that pictures and captions share: matrix, map, gap, sums of texts and of pictures, temperature.
 
     \b
     Example:  unclip lab space --clip clip --shards 'shards/val-*.tar'
               unclip lab space --clip clip --shards shards --expression 'person with hat - person' --out hats
     """
-    from functools import partial
-
-    from clip_train.folder import Input, fingerprint_files
-    from clip_train.model import Clip
-    from clip_train.ranks import pick_device
-    from clip_train.shards import ShardSet
     from clip_train.zeroshot import read_lines
-    from diffusion.lab.space import SpaceConfig, space
+    from diffusion.lab.parts import space_part
 
-    config = SpaceConfig(
-        expressions=expressions,
-        words=tuple(read_lines(words, "words")) if words else (),
-        classes=tuple(read_lines(classnames, "names")) if classnames else (),
-        picture=picture,
-        **options,
-    )
-    samples, encoder = ShardSet(shards), Clip.load(clip, pick_device(device))
-    inputs = {"shards": Input(samples.fingerprint, shards), "clip": Input(encoder.fingerprint, clip)}
-    if picture and Path(picture).is_file():
-        inputs["picture"] = Input(fingerprint_files([Path(picture)], Path(picture).parent), picture)
-    run("space", out, config, partial(space, clip=encoder, samples=samples), inputs)
+    options["words"] = tuple(read_lines(words, "words")) if words else ()
+    options["classes"] = tuple(read_lines(classnames, "names")) if classnames else ()
+    run(space_part(clip, shards, device, **options), out)
 
 
 @click.command("forward", context_settings=CONTEXT)
@@ -95,15 +73,9 @@ def lab_forward(image, out, **options) -> None:
     \b
     Example:  unclip lab forward fox.png --out forward
     """
-    from functools import partial
+    from diffusion.lab.parts import forward_part
 
-    from clip_train.folder import Input
-    from diffusion.lab.forward import ForwardConfig, forward
-    from diffusion.source import Source
-
-    source = Source.open(image)
-    inputs = {"picture": Input(f"sha256:{source.sha256}", image)}
-    run("forward", out, ForwardConfig(**options), partial(forward, source=source), inputs)
+    run(forward_part(image, **options), out)
 
 
 @click.command("denoise", context_settings=CONTEXT)
@@ -122,23 +94,30 @@ def lab_denoise(decoder, embeddings, shards, clip, out, device, **options) -> No
     \b
     Example:  unclip lab denoise --decoder decoder --embeddings emb-val
     """
-    from functools import partial
+    from diffusion.lab.parts import denoise_part
 
-    from clip_train.folder import Input
-    from clip_train.ranks import pick_device
-    from diffusion.examine import open_generator
-    from diffusion.lab.belief import Real, pictures_for
-    from diffusion.lab.denoise import DenoiseConfig, denoise
+    run(denoise_part(decoder, embeddings, shards, clip, device, **options), out)
 
-    config = DenoiseConfig(**options)
-    generator = open_generator(decoder, None, clip, device=pick_device(device))
-    held = pictures_for(generator, decoder, embeddings, shards, config.count, config.seed)
-    real = Real.drawn_from(generator, held, config.count, config.seed)
-    inputs = {
-        "decoder": Input(generator.fingerprints["decoder"], decoder),
-        "pictures": Input(held.fingerprint, embeddings or str(held.shards)),
-    }
-    run("denoise", out, config, partial(denoise, real=real), inputs)
+
+@click.command("unclip", context_settings=CONTEXT)
+@click.option("--decoder", required=True, type=FOLDER, help="Decoder folder.")
+@click.option("--prior", required=True, type=FOLDER, help="Prior folder, or text, shift, ridge, knn, mean.")
+@click.option("--embeddings", required=True, type=FOLDER, help="Of captioned pictures, best kept from training.")
+@click.option("--fit", type=FOLDER, help="Embeddings that ridge, knn and the like are fitted to.")
+@click.option("--clip", type=FOLDER, help="CLIP folder; by default where the decoder says it was.")
+@click.option("--count", default=24, show_default=True, type=click.IntRange(8), help="Captions drawn, in three ways.")
+@SEED
+@out_option("lab-unclip")
+@device_option
+def lab_unclip(decoder, prior, embeddings, fit, clip, out, device, **options) -> None:
+    """From words to a picture: what the prior is for, what an embedding holds, what lies between two of them.
+
+    \b
+    Example:  unclip lab unclip --decoder decoder --prior prior --embeddings emb-val
+    """
+    from diffusion.lab.parts import unclip_part
+
+    run(unclip_part(decoder, str(prior), embeddings, clip, fit, device, **options), out)
 
 
 STEPS = click.option(
@@ -157,10 +136,9 @@ def lab_spiral(steps, seed, out) -> None:
     Example:  unclip lab spiral
               unclip lab spiral --steps 6000 --seed 1 --out longer
     """
-    from diffusion.lab.field import FieldConfig, field
-    from diffusion.lab.plane import PlaneConfig
+    from diffusion.lab.parts import spiral_part
 
-    run("spiral", out, FieldConfig(plane=PlaneConfig(steps=steps, seed=seed)), field)
+    run(spiral_part(steps, seed), out)
 
 
 @click.command("sampling", context_settings=CONTEXT)
@@ -173,10 +151,9 @@ def lab_sampling(steps, seed, out) -> None:
     \b
     Example:  unclip lab sampling
     """
-    from diffusion.lab.plane import PlaneConfig
-    from diffusion.lab.sampling import SamplingConfig, sampling
+    from diffusion.lab.parts import sampling_part
 
-    run("sampling", out, SamplingConfig(plane=PlaneConfig(steps=steps, seed=seed)), sampling)
+    run(sampling_part(steps, seed), out)
 
 
 @click.command("guidance", context_settings=CONTEXT)
@@ -196,11 +173,54 @@ def lab_guidance(steps, wrong_label, seed, out) -> None:
     \b
     Example:  unclip lab guidance
     """
-    from diffusion.lab.plane import PlaneConfig
-    from diffusion.lab.steering import SteeringConfig, steering
+    from diffusion.lab.parts import guidance_part
 
-    plane = PlaneConfig(labels=True, wrong_label=wrong_label, steps=steps, seed=seed)
-    run("guidance", out, SteeringConfig(plane=plane), steering)
+    run(guidance_part(steps, seed, wrong_label), out)
 
 
-COMMANDS: list[click.Command] = [lab_spiral, lab_sampling, lab_guidance, lab_space, lab_forward, lab_denoise]
+@click.command("all", context_settings=CONTEXT)
+@click.option(
+    "--run",
+    "folder",
+    type=FOLDER,
+    help="Folder that holds your clip, prior, decoder and embeddings. Default: quickstart, which is made if need be.",
+)
+@click.option("--embeddings", type=FOLDER, help="Of the pictures to look at; default: the most not trained on.")
+@click.option("--image", type=FOLDER, help="The picture that goes to static; default: one of the run's.")
+@STEPS
+@click.option("--count", type=click.IntRange(8), help="Pictures that the decoder draws; default: what each wants.")
+@SEED
+@out_option("lab")
+@device_option
+def lab_all(folder, embeddings, image, steps, count, seed, out, device) -> None:
+    """Every experiment, in the order of the story, as one page: lab.html needs no other file.
+
+    \b
+    Example:  unclip lab all
+              unclip lab all --run . --embeddings emb-val --image fox.png
+    """
+    from diffusion.lab.experiment import Finding
+    from diffusion.lab.run import Run
+    from diffusion.lab.story import PAGE, story_of, tell
+
+    if folder is None:
+        folder = Path("quickstart")
+        if not (folder / "report.json").exists():
+            from diffusion.quickstart import run_quickstart
+
+            say("no --run: the quickstart's models, which are trained first (about ten minutes on a CPU)")
+            run_quickstart(folder, device=device, bars=Bars, say=say)
+    found = Run.find(folder, embeddings)
+    story = story_of(found, image=image, steps=steps, count=count, seed=seed, device=device)
+    for name, why in story.missing.items():
+        say(f"lab {name} is left out: {why}")
+    made = tell(story, out, lambda name: Bars(f"lab {name}"), say)
+    for name, findings in made.result["findings"].items():
+        for one in findings:
+            say(f"{name}: {Finding.from_json(one).verdict}")
+    say(f"look at: {out / PAGE}")
+
+
+COMMANDS: list[click.Command] = [
+    lab_spiral, lab_sampling, lab_guidance, lab_space, lab_forward, lab_denoise, lab_unclip, lab_all,
+]  # fmt: skip

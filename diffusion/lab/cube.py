@@ -17,7 +17,11 @@ PATHS = (RED, BLUE, GREEN)  # of the three pixels
 REACH = 238.0  # levels from grey that are drawn at least; the faces of the cube are 127.5 from it
 HEAD = 26.0  # length of an arrow's head, in levels
 PURE_RED = (255, 0, 0)
-CORNERS = {(0, 0, 0): "black", (255, 0, 0): "red", (0, 255, 0): "green", (0, 0, 255): "blue", (255, 255, 255): "white"}
+EDGES = {  # of the cube that are named: what grows along it, and where the name stands
+    "red": (127.5, -85.0, -50.0),
+    "green": (-85.0, 127.5, -45.0),
+    "blue": (-15.0, 325.0, 127.5),
+}
 
 
 def levels(values: Tensor) -> np.ndarray:
@@ -51,20 +55,24 @@ def reach_of(walks: np.ndarray) -> float:
     return max(REACH, float(np.abs(walks - 127.5).max()))
 
 
-def draw_cube(axes: "Axes", title: str = "", reach: float = REACH, turn: float = -118.0) -> None:
-    """The cube's edges on 3-D axes, grey marked in its middle. reach: see reach_of. turn: azimuth in degrees."""
-    for a, b in product(product((0, 255), repeat=3), repeat=2):
+def draw_cube(axes: "Axes", title: str = "", reach: float = REACH, turn: float = -118.0, zoom: float = 1.95) -> None:
+    """The cube's edges on 3-D axes, its corners in their own colours, grey marked in its middle.
+
+    reach: see reach_of. turn: azimuth in degrees.
+    """
+    corners = np.array(list(product((0, 255), repeat=3)))
+    for a, b in product(corners.tolist(), repeat=2):
         if sum(x != y for x, y in zip(a, b, strict=True)) == 1 and a < b:
             axes.plot(*zip(a, b, strict=True), color=GREY, linewidth=1.0, zorder=1)
+    axes.scatter(*corners.T, c=corners / 255, s=40, edgecolors=GREY, linewidths=1.0, depthshade=False)
     axes.scatter(127.5, 127.5, 127.5, color=GREY, marker="X", s=130, edgecolors=BLACK, zorder=5)
     for name in "xyz":
         getattr(axes, f"set_{name}lim")(127.5 - reach, 127.5 + reach)
-    for corner, name in CORNERS.items():
-        place = (*corner[:2], corner[2] + (0.24 * reach if corner[2] else -0.3 * reach))
-        axes.text(*place, f"{name}\n{', '.join(map(str, corner))}", fontsize=9, color=GREY, ha="center", va="center")
+    for name, place in EDGES.items():
+        axes.text(*place, f"{name}\n0 to 255", fontsize=10, ha="center", va="center")
     axes.set_axis_off()
     axes.view_init(elev=18, azim=turn)
-    axes.set_box_aspect((1, 1, 1), zoom=1.65)
+    axes.set_box_aspect((1, 1, 1), zoom=zoom)
     axes.set_title(title)
 
 
@@ -97,6 +105,6 @@ def draw_cloud(axes: "Axes", ends: np.ndarray, mean: np.ndarray, colour: str) ->
 
 def names(pixels: Tensor) -> list[str]:
     """What is said of pure red and of two pixels (3, 3) of the picture."""
-    whose = ("pure red", "a pixel of the picture", "another one")
+    whose = ("Pure red", "A pixel of the picture", "Another one")
     return [f"{name} ({', '.join(f'{level:.0f}' for level in row)})"
             for name, row in zip(whose, levels(pixels), strict=True)]  # fmt: skip

@@ -14,9 +14,11 @@ from diffusion.animation import save_animation
 from diffusion.generate import Generator, Sampling
 from diffusion.grid import draw_grid, read_axis
 from diffusion.lab import denoise_figures as figures
-from diffusion.lab.belief import Real, Track, among_seeds, detail, error
+from diffusion.lab.belief import Real, Track, among_seeds, detail, error, ratio, saturation
 from diffusion.lab.experiment import Experiment, Figure, Finding
 from diffusion.lab.style import drawing, save
+
+ENDS = 6  # pictures that are drawn at the corners of the grid too, so that no finding rests on one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class DenoiseConfig:
     seeds: int = 5  # walks of one picture there
     grid_steps: tuple[int, ...] = (1, 3, 5, 8, 16)
     grid_guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
-    belief_steps: int = 16  # of the walk that is shown step by step
+    belief_steps: int = 17  # of the walk that is shown step by step
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,14 +73,15 @@ def by_level(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
     for sigma in config.levels:
         x = real.noisy(sigma, config.seed)
         once, walked = real.believed(x, sigma, how), real.walked(config.seed, _shorter(how, sigma), x, sigma)
-        table.append({"sigma": sigma, "one_step_error": error(once, real.x0), "walk_error": error(walked, real.x0),
-                      "one_step_detail": detail(once) / own, "walk_detail": detail(walked) / own})  # fmt: skip
+        errors = {"one_step_error": error(once, real.x0), "walk_error": error(walked, real.x0)}
+        details = {"one_step_detail": ratio(detail(once), own), "walk_detail": ratio(detail(walked), own)}
+        table.append({"sigma": sigma, **errors, **details})
         shown.append((sigma, x, once, walked))
     with drawing():
         save(figures.by_level(real, shown), folder / "levels.png")
         save(figures.detail_and_error(table), folder / "blur.png")
     first, last = table[0], table[-1]
-    ratios = [row["walk_error"] / row["one_step_error"] for row in table]
+    ratios = [ratio(row["walk_error"], row["one_step_error"]) for row in table]
     return Experiment(
         title="one step and the walk",
         figures=[
@@ -97,7 +100,7 @@ def by_level(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
                     "guess, mean over the levels (2 for an exact model)", value=float(np.exp(np.mean(np.log(ratios)))),
                     low=1.3, high=2.7, unit="x the squared error"),
             Finding(name="little_noise_is_no_riddle", says="error of one step from the lowest level, over that from "
-                    "the highest", value=first["one_step_error"] / last["one_step_error"], high=0.25, unit="x"),
+                    "the highest", value=ratio(first["one_step_error"], last["one_step_error"]), high=0.25, unit="x"),
         ],
         tables={"levels": table},
     )  # fmt: skip
@@ -111,12 +114,13 @@ def without_noise(config: DenoiseConfig, real: Real, folder: Path) -> Experiment
             how = replace(_how(config, real.generator), sampler=sampler, steps=config.random_steps, eta=None,
                           guidance=guidance)  # fmt: skip
             made[told, sampler] = one.walked(config.seed, how)
+    own = detail(real.x0)
     table = [{"told": told, "sampler": sampler, "variance_among_seeds": among_seeds(pictures, config.seeds),
-              "detail": detail(pictures) / detail(real.x0)} for (told, sampler), pictures in made.items()]  # fmt: skip
+              "detail": ratio(detail(pictures), own)} for (told, sampler), pictures in made.items()]  # fmt: skip
     with drawing():
         save(figures.without_noise(real, made), folder / "no-noise.png")
-    kept = table[1]["variance_among_seeds"] / table[0]["variance_among_seeds"]
-    untold = table[3]["variance_among_seeds"] / among_seeds(real.x0, len(real))
+    kept = ratio(table[1]["variance_among_seeds"], table[0]["variance_among_seeds"])
+    untold = ratio(table[3]["variance_among_seeds"], among_seeds(real.x0, len(real)))
     return Experiment(
         title="the walk without its noise",
         figures=[Figure(file="no-noise.png", caption="The same walks from the same starts, with the noise that DDPM "
@@ -128,7 +132,7 @@ def without_noise(config: DenoiseConfig, real: Real, folder: Path) -> Experiment
             Finding(name="no_noise_collapses_untold", says="without the added noise, told nothing: variance among "
                     "starts, of that among real pictures", value=100 * untold, high=60.0, unit="%"),
             Finding(name="no_noise_blurs", says="without the added noise, told nothing: detail, over that with noise",
-                    value=table[3]["detail"] / table[2]["detail"], high=0.7, unit="x"),
+                    value=ratio(table[3]["detail"], table[2]["detail"]), high=0.7, unit="x"),
         ],
         tables={"no noise": table},
     )  # fmt: skip
@@ -147,20 +151,21 @@ def by_settings(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
     made = [picture for _, picture in draw_grid(draw, axes, how, config.seed)]
     across = len(config.grid_guidance)
     rows = [[one.picture for one in made[low : low + across]] for low in range(0, len(made), across)]
-    table = [{"steps": steps, "guidance": guidance, "detail": detail(_tensor(picture)) / detail(one.x0),
+    table = [{"steps": steps, "guidance": guidance, "detail": ratio(detail(_tensor(picture)), detail(one.x0)),
               "saturation": saturation(_tensor(picture))}
              for steps, row in zip(config.grid_steps, rows, strict=True)
              for guidance, picture in zip(config.grid_guidance, row, strict=True)]  # fmt: skip
-    at = {(row["steps"], row["guidance"]): row for row in table}
-    most, strong = config.grid_steps[-1], config.grid_guidance[-1]
     with drawing():
         save(figures.by_settings(one, rows, config.grid_steps, config.grid_guidance), folder / "grid.png")
-    few, at_one, at_most = at[config.grid_steps[0], 1.0], at[most, 1.0], at[most, strong]
+    some, steps, strong = real.some(slice(0, ENDS)), config.grid_steps, config.grid_guidance[-1]
+    corners = (steps[0], 1.0), (steps[-1], 1.0), (steps[-1], strong)
+    few, most, insisting = (some.walked(config.seed, replace(how, steps=count, guidance=guidance)).clamp(-1, 1)
+                            for count, guidance in corners)  # fmt: skip
     findings = [
-        Finding(name="steps_sharpen", says=f"detail after {most} steps over that after {config.grid_steps[0]}, at "
-                "guidance 1", value=at_one["detail"] / few["detail"], low=1.2, unit="x"),
-        Finding(name="guidance_saturates", says=f"colour spread at guidance {strong:g} over that at 1",
-                value=at_most["saturation"] / at_one["saturation"], low=1.03, unit="x"),
+        Finding(name="steps_sharpen", says=f"{len(some)} pictures' detail after {steps[-1]} steps over that after "
+                f"{steps[0]}, at guidance 1", value=ratio(detail(most), detail(few)), low=1.2, unit="x"),
+        Finding(name="guidance_saturates", says=f"{len(some)} pictures' colour spread at guidance {strong:g} over that "
+                "at 1", value=ratio(saturation(insisting), saturation(most)), low=1.03, unit="x"),
     ]  # fmt: skip
     return Experiment(
         title="steps and guidance",
@@ -177,7 +182,7 @@ def believing(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
     how = replace(real.generator.how, sampler="ddim", eta=None, steps=config.belief_steps)
     end = few.walked(config.seed, how, around=track.around)
     away = track.unsettled(end)
-    settled = next(sigma for sigma, left in zip(track.sigmas, away, strict=True) if left <= 0.5)
+    settled = next((sigma for sigma, left in zip(track.sigmas, away, strict=True) if left <= 0.5), float("nan"))
     with drawing():
         save(figures.beliefs(track, 0), folder / "belief.png")
         frames = figures.belief_frames(track, few.captions)
@@ -193,7 +198,7 @@ def believing(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
         findings=[
             Finding(name="belief_starts_at_once", says="the first belief, in nothing but noise, against a grey "
                     "picture: squared distance from the end",
-                    value=error(track.believed[0], end) / error(torch.zeros_like(end), end), high=0.8, unit="x"),
+                    value=ratio(error(track.believed[0], end), error(torch.zeros_like(end), end)), high=0.8, unit="x"),
             Finding(name="half_settled", says="half of what the first belief left open is settled by the noise level",
                     value=settled, low=0.3, high=12.0, unit="sigma"),
         ],
@@ -218,20 +223,15 @@ def from_nothing(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
                         "a sharp one.")],
         findings=[
             Finding(name="zero_steps_are_noise", says="squared error of the walk's start over that of its end",
-                    value=noise / error(end, few.x0), low=100.0, unit="x"),
+                    value=ratio(noise, error(end, few.x0)), low=100.0, unit="x"),
             Finding(name="guess_knows_something", says="squared error of the linear guess over that of the pictures' "
-                    "own mean", value=error(guess, real.x0) / error(mean, real.x0), high=0.9, unit="x"),
+                    "own mean", value=ratio(error(guess, real.x0), error(mean, real.x0)), high=0.9, unit="x"),
             Finding(name="guess_is_a_ghost", says="detail of the linear guess, of real pictures'",
-                    value=detail(guess) / detail(real.x0), high=0.3, unit="x"),
+                    value=ratio(detail(guess), detail(real.x0)), high=0.3, unit="x"),
         ],
         tables={"zero steps": [{"linear_guess_error": error(guess, real.x0), "mean_error": error(mean, real.x0),
                                 "one_step_error": error(track.believed[0], few.x0), "walk_error": error(end, few.x0)}]},
     )  # fmt: skip
-
-
-def saturation(pictures: Tensor) -> float:
-    """Mean distance of a pixel's strongest from its weakest colour channel: 0 for greys. Pictures (B, 3, S, S)."""
-    return float((pictures.amax(1) - pictures.amin(1)).mean())
 
 
 def _how(config: DenoiseConfig, generator: Generator) -> Sampling:

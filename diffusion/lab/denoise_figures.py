@@ -29,11 +29,10 @@ def by_level(real: Real, shown: Sequence[tuple[float, Tensor, Tensor, Tensor]]) 
                                 [walk for *_, walk in shown]))  # fmt: skip
         rows += [[own, *noisy], [None, *once], [None, *walked]]
         names += ["noisy", "one step", "full walk"]
-    columns = ["real", *(f"σ {sigma:g}" for sigma, *_ in shown)]
+    columns = ["real\nσ 0", *(f"noise\nσ {sigma:g}" for sigma, *_ in shown)]
     colours = [COLOURS["noise"], BLACK, COLOURS["model"]] * min(PICTURES, len(real))
-    return mosaic(
-        rows, names, columns, groups=[3], colours=colours, title="One step sees a blurred mean, a walk decides"
-    )
+    return mosaic(rows, names, columns, groups=[3], colours=colours,
+                  title="One step sees a blurred mean of what it could be, a walk decides")  # fmt: skip
 
 
 def detail_and_error(table: Sequence[Mapping[str, float]]) -> "Canvas":
@@ -55,24 +54,24 @@ def detail_and_error(table: Sequence[Mapping[str, float]]) -> "Canvas":
 
 def without_noise(real: Real, made: Mapping[tuple[str, str], Tensor]) -> "Canvas":
     """Seeds across; told and untold, with noise and without, down."""
-    names = {"ddpm": "with noise", "ddpm_mean": "without"}
+    names = {"ddpm": "with noise", "ddpm_mean": "no noise"}
     first = to_pictures(real.x0[:1])
-    rows = [[first[0] if told != "told nothing" and sampler == "ddpm" else None, *to_pictures(pictures)]
+    rows = [[*to_pictures(pictures), first[0] if told != "told nothing" and sampler == "ddpm" else None]
             for (told, sampler), pictures in made.items()]  # fmt: skip
-    labels = [f"{told}:\n{names[sampler]}" for told, sampler in made]
-    columns = ["real", *(f"start {n + 1}" for n in range(len(rows[0]) - 1))]
+    labels = [f"{told},\n{names[sampler]}" for told, sampler in made]
+    columns = [*(f"start {n + 1}" for n in range(len(rows[0]) - 1)), "real"]
     colours = [COLOURS["ddpm"], COLOURS["ddpm without noise"]] * 2
     return mosaic(rows, labels, columns, groups=[2], colours=colours,
-                  title="DDPM without its added noise: the starts fall together, detail goes")  # fmt: skip
+                  title="DDPM without its added noise: all starts end nearly alike, and blurred")  # fmt: skip
 
 
 def by_settings(one: Real, rows: Sequence[Sequence[Image.Image]], steps: Sequence[int],
                 guidance: Sequence[float]) -> "Canvas":  # fmt: skip
     (own,) = to_pictures(one.x0)
-    cells = [[own if number == 0 else None, *row] for number, row in enumerate(rows)]
-    columns = ["real", *(f"guidance {value:g}" for value in guidance)]
+    cells = [[*row, own if number == 0 else None] for number, row in enumerate(rows)]
+    columns = [*(f"guidance {value:g}" for value in guidance), "real"]
     return mosaic(cells, [f"{n} step{'s' * (n > 1)}" for n in steps], columns,
-                  title="Steps sharpen, guidance insists")  # fmt: skip
+                  title="More steps sharpen, more guidance insists, then burns out")  # fmt: skip
 
 
 def beliefs(track: Track, number: int) -> "Canvas":
@@ -101,7 +100,7 @@ def from_nothing(few: Real, track: Track, guess: Tensor, end: Tensor) -> "Canvas
     names = ["0 steps", "linear\nguess", "1 step", f"{len(track.sigmas)} steps", "real"]
     colours = [COLOURS["noise"], GREY, BLACK, COLOURS["model"], COLOURS["data"]]
     return mosaic([to_pictures(part) for part in parts], names, colours=colours, groups=[1, 4],
-                  title="From nothing to a picture")  # fmt: skip
+                  title="Zero steps leave noise, one step a blur; the walk makes a picture")  # fmt: skip
 
 
 def _one(pictures: Tensor, number: int) -> Image.Image:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_train.folder import Input, Manifest, Workspace, write_file
-from clip_train.settings import Progress
+from clip_train.settings import Progress, config_to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +27,36 @@ class Finding:
         return self.low <= self.value <= self.high
 
     @property
+    def found(self) -> str:
+        """The number with its unit."""
+        return f"{_short(self.value)}{f' {self.unit}' if self.unit else ''}"
+
+    @property
+    def asked(self) -> str:
+        """The band: "at least 2 and at most 3", or nothing."""
+        ends = (f"at least {_short(self.low)}" if self.low > float("-inf") else "",
+                f"at most {_short(self.high)}" if self.high < float("inf") else "")  # fmt: skip
+        return " and ".join(end for end in ends if end)
+
+    @property
     def verdict(self) -> str:
         """One line: what was found, what was asked for, and yes or no."""
-        ends = (f"at least {self.low:g}" if self.low > float("-inf") else "",
-                f"at most {self.high:g}" if self.high < float("inf") else "")  # fmt: skip
-        asked = " and ".join(end for end in ends if end)
-        unit = f" {self.unit}" if self.unit else ""
         answer = "yes" if self.holds else "NO"
-        return f"{answer}: {self.says}: {self.value:.3g}{unit}" + (f" ({asked})" if asked else "")
+        return f"{answer}: {self.says}: {self.found}" + (f" ({self.asked})" if self.asked else "")
 
     def to_json(self) -> dict[str, Any]:
         finite = {end: value for end, value in (("low", self.low), ("high", self.high)) if abs(value) < float("inf")}
         return {"name": self.name, "says": self.says, "value": self.value, "unit": self.unit, **finite,
                 "holds": self.holds}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Finding":
+        return cls(**{key: value for key, value in data.items() if key != "holds"})
+
+
+def _short(value: float) -> str:
+    """Three digits, never an exponent for sizes that people read."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +77,31 @@ class Experiment:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the numbers that the figures plot
 
 
-def run_experiment(
-    name: str,
-    out: Path | str,
-    settings: dict[str, Any],
-    experiment: Callable[[Path, Progress | None], Experiment],
-    inputs: dict[str, Input] | None = None,
-    on_progress: Progress | None = None,
-) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """An experiment that is ready to run: its command's name, what decides its outcome, and how it is made."""
+
+    name: str  # of its command
+    config: Any  # a dataclass
+    make: Callable[[Any, Path, Progress | None], Experiment]  # (config, folder to write figures into, on_progress)
+    inputs: dict[str, Input] = field(default_factory=dict)
+
+
+def run_part(part: Part, out: Path | str, on_progress: Progress | None = None) -> Manifest:
     """Run it in a folder that gets its name when it is whole; found done where the settings are those of before.
 
-    experiment: called with the folder to write figures into, and on_progress. Writes numbers.json (title, figures,
-    findings, tables, settings) beside them; the manifest's result is the findings.
+    Writes numbers.json (title, settings, findings, figures, tables) beside the figures; the manifest's result is the
+    findings.
     """
-    space = Workspace.open(out, "lab", {"experiment": name, **settings}, inputs or {}, f"unclip lab {name}")
+    settings = config_to_json(part.config)
+    plan = {"experiment": part.name, **settings}
+    space = Workspace.open(out, "lab", plan, part.inputs, f"unclip lab {part.name}")
     if space.done:
         return space.done
-    made = experiment(space.path, on_progress)
+    made = part.make(part.config, space.path, on_progress)
     findings = [finding.to_json() for finding in made.findings]
     numbers = {
-        "experiment": name,
+        "experiment": part.name,
         "title": made.title,
         "settings": settings,
         "findings": findings,

@@ -5,6 +5,7 @@ noise of the random walk's last step), "no noise level" (total noise, but not to
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusion.lab.field_figures import (
     STEP,
     TOTAL,
     field_animation,
+    figure_of_blind_field,
     figure_of_errors,
     figure_of_fields,
     figure_of_forward,
@@ -26,6 +28,7 @@ from diffusion.lab.field_figures import (
     figure_of_targets,
 )
 from diffusion.lab.plane import PlaneConfig, Trained, noise_and_step, one_step_target, scores, train_plane
+from diffusion.lab.plane_figures import draw_all
 from diffusion.lab.spiral import Spiral
 from diffusion.lab.walks import at_level, walk
 from diffusion.samplers import Denoise
@@ -56,20 +59,34 @@ def field(config: FieldConfig, folder: Path, on_progress: Progress | None = None
     rng = torch.Generator().manual_seed(seed + 1)
     true, again = spiral.draw(config.drawn, rng)[0], spiral.draw(config.drawn, rng)[0]
     grid = plane.grid(config.draw_steps)
-    drawn = {name: walk("ddpm", network, grid, config.drawn, seed).end for name, network in trained.items()}
-    quality = {name: scores(spiral, points, true) for name, points in {DATA: again, **drawn}.items()}
+    drawn, quality = {DATA: again}, {DATA: scores(spiral, again, true)}
+    for done, (name, network) in enumerate(trained.items()):
+        drawn[name] = walk("ddpm", network, grid, config.drawn, seed).end
+        quality[name] = scores(spiral, drawn[name], true)
+        if on_progress:
+            on_progress(done + 1, len(trained), stage="samples")
     levels = torch.logspace(*torch.tensor([plane.sigma_min, plane.sigma_max]).log10().tolist(), config.levels).tolist()
-    errors = {name: [relative_error(one, spiral, sigma, seed) for sigma in levels] for name, one in trained.items()}
-    losses = [known_and_unknown(trained, spiral, sigma, seed) for sigma in levels]
+    errors: dict[str, list[float]] = {name: [] for name in trained}
+    losses = []
+    for done, sigma in enumerate(levels):
+        losses.append(known_and_unknown(trained, spiral, sigma, seed))
+        for name, network in trained.items():
+            errors[name].append(relative_error(network, spiral, sigma, seed))
+        if on_progress:
+            on_progress(done + 1, len(levels), stage="errors")
 
-    figures = [
-        figure_of_forward(folder, spiral, plane, seed),
-        figure_of_targets(folder, spiral, plane, seed),
-        figure_of_losses(folder, levels, losses),
-        figure_of_samples(folder, {DATA: again, **drawn}, quality),
-        *figure_of_fields(folder, spiral, trained[TOTAL], trained[BLIND]),
-        figure_of_errors(folder, levels, errors),
-    ]
+    figures = draw_all(
+        [
+            partial(figure_of_forward, folder, spiral, plane, seed),
+            partial(figure_of_targets, folder, spiral, plane, seed),
+            partial(figure_of_losses, folder, levels, losses),
+            partial(figure_of_samples, folder, drawn, quality),
+            partial(figure_of_fields, folder, spiral, trained[TOTAL]),
+            partial(figure_of_blind_field, folder, trained[BLIND]),
+            partial(figure_of_errors, folder, levels, errors),
+        ],
+        on_progress,
+    )
     if config.frames:
         figures.append(field_animation(folder, trained[TOTAL], config.frames, seed, on_progress))
     return Experiment(

@@ -10,7 +10,7 @@ from clip_train.settings import Progress
 from diffusion.animation import save_animation
 from diffusion.lab.experiment import Figure
 from diffusion.lab.plane import PlaneConfig, Trained
-from diffusion.lab.plane_figures import draw_cloud, draw_curve, draw_field
+from diffusion.lab.plane_figures import FAINT, draw_cloud, draw_curve, draw_field, draw_paths, headline, level_axis
 from diffusion.lab.spiral import Spiral
 from diffusion.lab.style import COLOURS, drawing, frame, outer_labels, panels, plane, save
 from diffusion.lab.walks import at_level, walk
@@ -34,20 +34,20 @@ def figure_of_forward(folder: Path, spiral: Spiral, config: PlaneConfig, seed: i
     staying = (way[: shown + 1].abs().amax((0, 2)) < 2.1).nonzero()[:, 0]  # within the picture all the time
     followed = [staying[_nearest_to(x0[staying], place)] for place in ((-0.05, 0.55), (0.45, -0.65), (-0.65, 0.0))]
     with drawing():
-        figure, axes = panels(1, 4, width=3.5, height=3.8)
+        figure, axes = panels(1, 4, width=3.5, height=4.1)
+        headline(figure, "A random walk carries every point away, until nothing of the spiral is left")
         for one, sigma in zip(axes[0], (0.0, 0.1, 0.3, 1.0), strict=True):
             upto = int((sigmas <= sigma).sum())
-            plane(one, "data" if not sigma else f"noise level {sigma:g}", reach=2.2)
+            plane(one, "data" if not sigma else f"σ = {sigma:g}", reach=2.2)
             draw_cloud(one, way[upto], COLOURS["data" if not sigma else "noise"], alpha=0.7)
-            for row in followed:
-                one.plot(*way[: upto + 1, row].T, color="black", linewidth=1.0, zorder=3)
-                one.scatter(*way[upto, row], s=50, c="black", edgecolors="white", zorder=4)
+            draw_paths(one, way[: upto + 1, followed], "black", width=1.0)
         outer_labels(axes)
         save(figure, folder / "forward.png")
     return Figure(
         file="forward.png",
         caption=f"A random walk of {config.walk_steps} small steps takes every point away from the spiral, until "
-        "nothing of it is left. Three points are followed (black).",
+        "nothing of it is left; σ is the noise level, the standard deviation of all steps so far. Three points are "
+        "followed (black): rings where they start, dots where they are.",
     )
 
 
@@ -69,6 +69,7 @@ def figure_of_targets(
     exact = at_level(spiral.denoise, x[None], sigma)
     with drawing():
         figure, axes = panels(1, 2, width=4.6, height=5.2)
+        headline(figure, "The total noise tells where the data is, a single step hardly does")
         for one, guess, name in ((axes[0, 0], x0, TOTAL), (axes[0, 1], x - sigma * step / share**0.5, STEP)):
             plane(one, "back along the total noise" if name == TOTAL else "back along the last step")
             draw_curve(one)
@@ -76,8 +77,8 @@ def figure_of_targets(
                 one.plot(*torch.stack([x, end]).T, color=COLOUR[name], linewidth=1.2, alpha=0.55, zorder=1)
             draw_cloud(one, guess, COLOUR[name], size=16, alpha=0.9)
             one.scatter(*x, s=90, c="white", edgecolors="black", linewidths=2, zorder=5, label="noisy point x")
-            one.scatter(*exact.T, s=110, marker="*", c=COLOURS["exact"], edgecolors="white", linewidths=0.8, zorder=6,
-                        label="mean of all such lines")  # fmt: skip
+            one.scatter(*exact.T, s=240, marker="*", c=COLOURS["exact"], edgecolors="white", linewidths=0.8, zorder=6,
+                        label="mean of all lines")  # fmt: skip
         axes[0, 0].legend(loc="lower left", borderaxespad=0.1)
         outer_labels(axes)
         save(figure, folder / "targets.png")
@@ -90,35 +91,54 @@ def figure_of_targets(
 
 
 def figure_of_losses(folder: Path, levels: list[float], losses: list[dict[str, Any]]) -> Figure:
-    """Floor and loss of both targets against the noise level."""
+    """Variance, floor and loss of both targets against the noise level."""
+    variance = {
+        STEP: [row["step_over_total"] * row["total_floor"] for row in losses],
+        TOTAL: [row["total_floor"] for row in losses],
+    }
     with drawing():
-        figure, axes = panels(1, 1, width=6.4, height=4.4)
-        one = axes[0, 0]
+        figure, axes = panels(1, 2, width=5.4, height=4.7)
+        headline(figure, "One step's noise is nearly all chance; the total noise can be learned")
+        left, one = axes[0]
+        for name, values in variance.items():
+            left.plot(levels, values, color=COLOUR[name], marker="o", markersize=7)
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.set_ylim(top=1000)
+        left.set_title("Variance of the target around its mean at x")
+        left.text(levels[-1], 100, "noise of one step,\nscaled up to the same mean", color=COLOUR[STEP], ha="right",
+                  va="bottom", fontsize=13)  # fmt: skip
+        left.text(levels[0], 0.3, "total noise", color=COLOUR[TOTAL], va="top", fontsize=13)
+        left.set_ylabel("in units of the noise's own variance")
+        one.set_title("Loss of the network, and its floor")
         for name, key in ((STEP, "step"), (TOTAL, "total")):
             one.plot(levels, [row[f"{key}_floor"] for row in losses], color=COLOUR[name], zorder=2)
             one.scatter(levels, [row[f"{key}_loss"] for row in losses], color=COLOUR[name], s=52, zorder=3)
         one.text(levels[-1], 1.03, "noise of one step", color=COLOUR[STEP], ha="right", va="bottom", fontsize=13)
         one.text(0.9, 0.33, "total noise", color=COLOUR[TOTAL], ha="left", va="bottom", fontsize=13)
-        one.plot([], [], color="#555555", label="cannot be known from x")
-        one.scatter([], [], color="#555555", s=52, label="loss of the network")
-        one.set_xscale("log")
+        one.plot([], [], color="#555555", label="floor")
+        one.scatter([], [], color="#555555", s=52, label="loss")
         one.set_ylim(0, 1.15)
-        one.set_xlabel("noise level"), one.set_ylabel("share of the target's variance")
+        one.set_ylabel("share of the target's variance")
+        level_axis(left), level_axis(one)
         one.legend(loc="lower left")
         save(figure, folder / "loss.png")
     return Figure(
         file="loss.png",
-        caption="Of the noise of a single step nearly all is unknowable from where one is, so its loss is flat at 1 "
-        "and says nothing. Of the total noise more and more can be known as it grows. Dots: the losses that the two "
-        "networks reached; a line is the floor.",
+        caption="Both targets lead to the same mean. Left: around it the noise of a single step varies many times more "
+        "than the total noise. Right: so nearly all of one step is unknowable from where one is, and its loss stays "
+        "close to 1; of the total noise more and more can be known as it grows. Dots: the losses that the two networks "
+        "reached; lines: the floor, from the exact score.",
     )
 
 
 def figure_of_samples(folder: Path, drawn: dict[str, Tensor], quality: dict[str, dict[str, float]]) -> Figure:
     """True points beside those drawn by each network."""
-    heads = {DATA: "data", TOTAL: "total noise", STEP: "one step only", BLIND: "not told the noise level"}
+    heads = {DATA: "data", TOTAL: "total noise, told its level", STEP: "one step, told its level",
+             BLIND: "total noise, not told its level"}  # fmt: skip
     with drawing():
-        figure, axes = panels(1, len(drawn), width=3.5, height=4.0)
+        figure, axes = panels(1, len(drawn), width=3.5, height=4.3)
+        headline(figure, "The spiral is learned from the total noise, with its level told")
         for one, (name, points) in zip(axes[0], drawn.items(), strict=True):
             plane(one, f"{heads[name]}\n{quality[name]['distance']:.3f} from the spiral", reach=1.3)
             draw_cloud(one, points, COLOUR[name])
@@ -131,52 +151,57 @@ def figure_of_samples(folder: Path, drawn: dict[str, Tensor], quality: dict[str,
     )
 
 
-def figure_of_fields(folder: Path, spiral: Spiral, told: Denoise, blind: Denoise) -> list[Figure]:
-    """The learned field above the exact one, and the field of the network that is not told the noise level."""
-    rows = (("learned", told, COLOURS["model"]), ("exact", spiral.denoise, COLOURS["exact"]))
+def figure_of_fields(folder: Path, spiral: Spiral, learned: Denoise) -> Figure:
+    """The learned field above the exact one."""
     with drawing():
-        figure, axes = panels(2, len(LEVELS), width=3.4, height=3.75)
-        _draw_row(axes[0], *rows[0])
-        _draw_row(axes[1], *rows[1])
+        figure, axes = panels(2, len(LEVELS), width=3.4, height=3.85)
+        headline(figure, "The arrows of the network (above) are those of the exact score (below)")
+        _draw_row(axes[0], "learned", learned, COLOURS["model"])
+        _draw_row(axes[1], "exact", spiral.denoise, COLOURS["exact"])
         outer_labels(axes)
         save(figure, folder / "field.png")
-        figure, axes = panels(1, len(LEVELS), width=3.4, height=3.7)
+    return Figure(
+        file="field.png",
+        caption="Where the arrows point from each noisy point: to the middle of everything while noise is high, to the "
+        "nearest turn of the spiral when it is low. Above: the network's; below: the exact score of the training "
+        "points. Short arrows are drawn longer than they are.",
+    )
+
+
+def figure_of_blind_field(folder: Path, blind: Denoise) -> Figure:
+    """The field of the network that is not told the noise level."""
+    with drawing():
+        figure, axes = panels(1, len(LEVELS), width=3.4, height=4.0)
+        headline(figure, "Not told the noise level, the network points to the middle and misses the turns")
         _draw_row(axes[0], "not told", blind, COLOURS["no noise level"])
         outer_labels(axes)
         save(figure, folder / "blind.png")
-    return [
-        Figure(
-            file="field.png",
-            caption="Where the arrows point from each noisy point: to the middle of everything while noise is high, to "
-            "the nearest turn of the spiral when it is low. Above: the network's; below: the exact score of the "
-            "training points. Short arrows are drawn longer than they are.",
-        ),
-        Figure(
-            file="blind.png",
-            caption="Without the noise level the network has one and the same field for all levels but for the scale "
-            "of x: a compromise between the middle and the turns.",
-        ),
-    ]
+    return Figure(
+        file="blind.png",
+        caption="Without the noise level the network has one and the same field for all levels but for the scale of x: "
+        "a compromise between the middle and the turns.",
+    )
 
 
 def figure_of_errors(folder: Path, levels: list[float], errors: dict[str, list[float]]) -> Figure:
     """Relative error of each network's field against the noise level."""
     with drawing():
-        figure, axes = panels(1, 1, width=6.4, height=4.4)
+        figure, axes = panels(1, 1, width=7.2, height=4.9)
+        headline(figure, "The exact field is learned from the total noise, with its level told")
         one = axes[0, 0]
-        for name in (STEP, BLIND, TOTAL):
-            one.plot(levels, [100 * error for error in errors[name]], color=COLOUR[name], marker="o", label=name)
+        for name, mark in ((STEP, "s"), (BLIND, "^"), (TOTAL, "o")):
+            one.plot(levels, [100 * error for error in errors[name]], color=COLOUR[name], marker=mark, label=name)
         one.axhline(100, color=COLOURS["noise"], linewidth=1.2, linestyle="--", zorder=0)
         one.text(levels[-1], 103, "as wrong as no arrow at all", ha="right", va="bottom", color="#555555", fontsize=11)
-        one.set_xscale("log")
-        one.set_ylim(0, max(130, 110 * max(max(error) for error in errors.values())))
-        one.set_xlabel("noise level"), one.set_ylabel("error of the learned field, %")
+        level_axis(one)
+        one.set_ylim(0, max(112, 110 * max(max(error) for error in errors.values())))
+        one.set_ylabel("error of the learned field, % of its length")
         one.legend(loc="center right")
         save(figure, folder / "error.png")
     return Figure(
         file="error.png",
-        caption="How far each learned field is from the exact score, as a share of its length: small everywhere for "
-        "the network that learned the total noise and knows the level.",
+        caption="How far each learned field is from the exact score, as a share of its length: least at every noise "
+        "level for the network that learned the total noise and knows the level.",
     )
 
 
@@ -188,24 +213,25 @@ def field_animation(folder: Path, denoise: Trained, frames: int, seed: int, on_p
         for step, points in enumerate(path):
             last = step == len(path) - 1
             sigma = float(way.sigmas[min(step, way.calls - 1)])
-            figure, axes = panels(1, 1, width=4.6, height=4.7)
-            plane(axes[0, 0], f"noise level {0 if last else sigma:.2g}", reach=1.5)
-            draw_field(axes[0, 0], denoise, sigma, COLOURS["noise"], cells=13, reach=1.4, vp=True)
-            draw_cloud(axes[0, 0], points, COLOURS["model"], size=8, alpha=0.8)
+            figure, axes = panels(1, 1, width=4.8, height=5.2)
+            headline(figure, "The arrows lead noise to the data")
+            plane(axes[0, 0], f"σ = {0 if last else sigma:.2g}", reach=1.5)
+            draw_field(axes[0, 0], denoise, sigma, FAINT, cells=13, reach=1.4, vp=True)
+            draw_cloud(axes[0, 0], points, COLOURS["model"], size=11, alpha=0.9, zorder=5)
             pictures.append(frame(figure))
             if on_progress:
                 on_progress(step + 1, len(path), stage="animation")
         save_animation([*pictures, *[pictures[-1]] * 10], folder / "field.gif", seconds=0.15)
     return Figure(
         file="field.gif",
-        caption="The field changes as the noise level falls (grey), and carries noise to the spiral (red). The plane "
+        caption="The field changes as the noise level σ falls (grey), and carries noise to the spiral (red). The plane "
         "is shrunk to the size of the data at every level.",
     )
 
 
 def _draw_row(axes, name: str, denoise: Denoise, colour: str) -> None:
     for one, sigma in zip(axes, LEVELS, strict=True):
-        plane(one, f"{name}, noise {sigma:g}", reach=1.4)
+        plane(one, f"{name}, σ = {sigma:g}", reach=1.4)
         draw_curve(one)
         draw_field(one, denoise, sigma, colour, cells=13, reach=1.4)
 

@@ -140,5 +140,4 @@ def _findings(ways: dict[str, Way], red: Tensor, divided: dict[str, list[float]]
 
 
 def _row(name: str, part: list[float]) -> dict[str, Any]:
-    bands = (band.replace("\n", " ") for band in BANDS)
-    return {"schedule": name, **{band: round(share, 4) for band, share in zip(bands, part, strict=True)}}
+    return {"schedule": name, **{band: round(share, 4) for band, share in zip(BANDS, part, strict=True)}}

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 EDGES = (100.0, 1.0, 0.01)  # of the signal-to-noise ratio
-BANDS = ("clean to the eye\n(above 100)", "details drown\n(100 to 1)", "outlines drown\n(1 to 0.01)",
-         "static\n(below 0.01)")  # fmt: skip
+BANDS = ("clean to the eye (above 100)", "details drown (100 to 1)", "outlines drown (1 to 0.01)",
+         "static (below 0.01)")  # fmt: skip
 SHADES = ("#F4F4F4", "#CFCFCF", "#9C9C9C", "#5E5E5E")  # from clean to static
 SHOWN = 300  # ends of walks in the cube
 
@@ -31,7 +31,7 @@ def static(ways: dict[str, Way]) -> "Canvas":
     columns = ["no step", *PARTS[1:-1], "all steps"]
     return mosaic([to_pictures(torch.stack(way.shown)) for way in ways.values()], list(ways), columns, below=below,
                   colours=[COLOURS[name] for name in ways],
-                  title="One picture on its way to static: after equal shares of five schedules' steps")  # fmt: skip
+                  title="Five schedules, one end: a picture after equal shares of each one's steps")  # fmt: skip
 
 
 def ratios(ways: dict[str, Way], divided: dict[str, list[float]], trained: dict[str, list[float]]) -> "Canvas":
@@ -43,7 +43,7 @@ def ratios(ways: dict[str, Way], divided: dict[str, list[float]], trained: dict[
         left.plot(np.arange(1, len(way.ratios) + 1) / len(way.ratios), way.ratios, color=COLOURS[name], label=name)
     left.set_yscale("log"), left.set_ylim(low, top), left.set_xlim(0, 1)
     left.set_xlabel("share of the steps taken"), left.set_ylabel("signal-to-noise ratio")
-    left.set_title("From the same start to the same end")
+    left.set_title("One start, one end, five ways between")
     left.legend(loc="upper right")
     rows = [*trained.items(), *divided.items()][::-1]
     places = [n + 0.7 * (n >= len(divided)) for n in range(len(rows))]
@@ -59,13 +59,12 @@ def ratios(ways: dict[str, Way], divided: dict[str, list[float]], trained: dict[
     right.set_yticks(places, [name.partition(": ")[2] for name, _ in rows])
     for label in right.get_yticklabels():
         label.set_color(COLOURS.get(label.get_text(), BLACK)), label.set_fontweight("bold")
-    right.set_xlim(0, 1), right.set_ylim(-0.6, places[-1] + 1.1)
+    right.set_xlim(-0.003, 1.003), right.set_ylim(-0.6, places[-1] + 1.1)
     right.text(0, places[len(divided) - 1] + 0.5, "share of a walk's steps", fontsize=11, style="italic")
     right.text(0, places[-1] + 0.5, "share of training's samples", fontsize=11, style="italic")
     right.set_xticks([]), right.spines[:].set_visible(False), right.tick_params(length=0)
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, fontsize=9.5, handlelength=1.0,
-                 columnspacing=1.0)  # fmt: skip
-    right.set_title("How the work is divided")
+    right.legend(loc="upper center", bbox_to_anchor=(0.4, 0.02), ncols=2, handlelength=1.0, columnspacing=1.5)
+    right.set_title("Schedules spend their work in different places")
     return figure
 
 
@@ -80,7 +79,7 @@ def variances(ways: dict[str, Way], std: float) -> "Canvas":
         right.plot(some, way.preserved[some], "o", color=colour, markersize=5)
     left.set_yscale("log")
     left.set_xlabel("step"), left.set_ylabel("β: share of fresh noise in the variance")
-    left.set_title("What each step adds"), left.legend(loc="lower right", ncols=2)
+    left.set_title("Each schedule adds its noise at another time"), left.legend(loc="lower right", ncols=2)
     right.axhline(1, color=GREY, linestyle=":", linewidth=1.5)
     right.axhline(std**2, color=GREY, linestyle=":", linewidth=1.5)
     right.text(len(sigma) * 0.02, 1.01, "unit noise", color=GREY, va="bottom")
@@ -92,15 +91,17 @@ def variances(ways: dict[str, Way], std: float) -> "Canvas":
 
 
 def colours(pixels: Tensor, walks: Tensor, red: Tensor) -> "Canvas":
-    figure, axes = panels(2, 2, width=5.0, height=4.7, subplot_kw={"projection": "3d"})
+    figure, axes = panels(2, 2, width=5.0, height=4.8, subplot_kw={"projection": "3d"})
     three, (many,) = axes.flat[:3], axes.flat[3:]
     reach = cube.reach_of(cube.levels(walks))
     for number, (one, name) in enumerate(zip(three, cube.names(pixels), strict=True)):
         cube.draw_cube(one, name, reach)
         cube.draw_walk(one, cube.levels(walks[:, number]), cube.PATHS[number])
-    cube.draw_cube(many, "many pure red pixels: grey, on average", reach)
+    cube.draw_cube(many, "Many pure red pixels: grey, on average", reach, zoom=1.45)
     cube.draw_cloud(many, cube.levels(red[-1, :SHOWN]), cube.levels(red.mean(1)), cube.PATHS[0])
-    many.legend(loc="lower left", bbox_to_anchor=(-0.1, -0.06), handlelength=1.2, frameon=True, edgecolor="white")
+    many.legend(loc="lower left", bbox_to_anchor=(-0.1, -0.04), handlelength=1.2, frameon=True, edgecolor="white",
+                framealpha=1)  # fmt: skip
+    figure.suptitle("One pixel gets lost step by step; many together go straight to grey", fontsize=15)
     return figure
 
 
@@ -125,8 +126,8 @@ def frames(
             at = [scale * (number + 0.5) for number in place]
             left.plot(*at, "o", markersize=13, markerfacecolor="none", markeredgecolor="white", markeredgewidth=4)
             left.plot(*at, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2)
-        left.set_title(f"step {step} of {len(sigmas) - 1}: σ = {float(sigmas[step]):.2g}")
-        cube.draw_cube(right, reach=reach)
+        left.set_title(f"Step {step} of {len(sigmas) - 1}: noise level σ = {float(sigmas[step]):.2g}")
+        cube.draw_cube(right, "Two of its pixels and pure red", reach)
         for number, colour in enumerate(cube.PATHS):
             cube.draw_walk(right, cube.levels(walks[: step + 1, number]), colour)
         made.append(frame(figure))

@@ -70,7 +70,7 @@ def closed(image: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def draw(path: Path, gap: Gap) -> None:
     """Seen along the plane: each caption joined to its picture, and above them both clouds' histograms."""
     with drawing():
-        figure, axes = panels(2, 1, width=7.5, height=3.1, sharex=True, gridspec_kw={"height_ratios": [1, 2.4]})
+        figure, axes = panels(2, 1, width=8.0, height=3.1, sharex=True, gridspec_kw={"height_ratios": [1, 2.4]})
         top, below = axes[:, 0]
         (image, text), (image_across, text_across) = gap.along, gap.across
         edges = np.linspace(gap.along.min(), gap.along.max(), 49)
@@ -78,13 +78,16 @@ def draw(path: Path, gap: Gap) -> None:
         top.hist(image, edges, color=BLUE, alpha=0.6, label="pictures")
         top.set(ylabel="how many", yticks=[], ylim=(0, 1.3 * top.get_ylim()[1]))
         top.legend(loc="upper right", ncols=2)
-        top.set_title(f"centres {gap.distance:.2f} apart; a plane parts {gap.parted:.0%} of the rows")
+        top.set_title(f"The modality gap: a plane parts {gap.parted:.0%} of pictures and captions")
         some = slice(LINES)
         below.plot([image[some], text[some]], [image_across[some], text_across[some]], color=GREY, linewidth=0.7,
                    alpha=0.45)  # fmt: skip
         below.scatter(text[some], text_across[some], s=26, color=ORANGE, zorder=3, linewidths=0)
         below.scatter(image[some], image_across[some], s=26, color=BLUE, zorder=3, linewidths=0)
-        below.set(xlabel="along the line through both centres", ylabel="main axis across it")
+        below.set(
+            xlabel=f"along the line through both centres, {gap.distance:.2f} apart (length of a row: 1)",
+            ylabel="main axis across it",
+        )
         for panel in (top, below):
             panel.axvline(0, ymax=0.8 if panel is top else 1, color="black", linewidth=1.2, linestyle="--")
         save(figure, path)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 CELL, GAP, BREAK = 132, 10, 26  # pixels: side of a picture, white between two, and before a row that starts a group
-LINE = 22  # pixels: one line of words below a picture
-WORDS = 11.0  # points
+LINE = 24  # pixels: one line of words below a picture
+MARGIN = 12  # pixels: white around the whole
+WORDS = 12.0  # points
 
 Cells = Sequence[Sequence[Image.Image | None]]  # rows of pictures; None leaves a place empty
 
@@ -37,15 +38,26 @@ def mosaic(
     rows: words beside each row. columns: above each column. below: under each picture; a row of "" takes no room.
     groups: the rows that something new begins with. colours: of the words beside the rows. Make it in style.drawing().
     """
-    longest = max((len(line) for word in rows for line in word.split("\n")), default=0)
-    lines = max((word.count("\n") + 1 for word in columns), default=0)
     width, height = _extent(pictures, below, groups)
-    width, height = width + 11 * longest + 46, height + 26 * lines + 44 * bool(title) + 24
     figure, axes = panels(width=width / DPI, height=height / DPI)
     draw_mosaic(axes[0, 0], pictures, rows, columns, below=below, groups=groups, colours=colours)
     if title:
-        axes[0, 0].set_title(title, pad=10, parse_math=False)
+        axes[0, 0].set_title(title, pad=12, fontsize=WORDS + 2.5, parse_math=False)
+    _fit(figure, axes[0, 0], width, height)
     return figure
+
+
+def _fit(figure: "Canvas", axes: "Axes", width: int, height: int) -> None:
+    """Set the figure's edges around all that is drawn; the axes stay width x height pixels, so no picture is scaled."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_layout_engine("none")
+    axes.set_position((0, 0, 1, 1))
+    box = axes.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
+    left, under = round(MARGIN - box.x0), round(MARGIN - box.y0)
+    whole = round(left + box.x1 + MARGIN), round(under + box.y1 + MARGIN)
+    figure.set_size_inches(whole[0] / DPI, whole[1] / DPI)
+    axes.set_position((left / whole[0], under / whole[1], width / whole[0], height / whole[1]))
 
 
 def draw_mosaic(

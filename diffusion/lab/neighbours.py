@@ -11,7 +11,7 @@ EARLY = 150  # steps in which attraction is exaggerated twelvefold, so that clus
 THUMBNAIL = 1 / 18  # of the map's width
 
 
-def tsne(rows: np.ndarray, perplexity: float = 15.0, steps: int = 500) -> np.ndarray:
+def tsne(rows: np.ndarray, perplexity: float = 30.0, steps: int = 500) -> np.ndarray:
     """(N, D) -> (N, 2): t-SNE (van der Maaten and Hinton 2008), begun at the two main axes; the same every time.
 
     perplexity: about how many neighbours each point minds. Exact, so O(N^2) a step: for a few hundred points.
@@ -90,7 +90,7 @@ def draw_map(path: Path, pairs: Pairs, rows: np.ndarray, image_at: np.ndarray, t
         panel.set(xlim=(-reach, 1 + reach), ylim=(-reach, 1 + reach), aspect="equal", xticks=[], yticks=[])
         panel.set_xlabel("t-SNE of the cosines: only nearness means something", fontsize=14)
         panel.spines[:].set_visible(False)
-        panel.set_title(f"{len(rows)} pictures and their captions, laid flat by cosine", fontsize=18)
+        panel.set_title(f"{len(rows)} pictures beside their captions: one space, laid flat", fontsize=18)
         figure.legend(loc="outside lower center", ncols=2, fontsize=14, handletextpad=0.1, markerscale=2)
         save(figure, path)
 

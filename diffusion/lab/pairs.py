@@ -96,6 +96,12 @@ def square(picture: "Image.Image", side: int) -> "Image.Image":
     return out
 
 
+def ordinal(place: int) -> str:
+    """1 as "1st", 2 as "2nd", 11 as "11th"."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"{place}{'th' if place % 100 in (11, 12, 13) else ending}"
+
+
 def wrapped(text: str, width: int, lines: int = 3) -> str:
     """The text in at most so many lines of `width` letters, with an ellipsis where it was cut."""
     return "\n".join(textwrap.wrap(" ".join(text.split()), width, max_lines=lines, placeholder=" …"))

@@ -1,10 +1,13 @@
-"""What the figures of the plane are made of: the spiral, clouds of points, arrows, paths."""
+"""What the figures of the plane are made of: the headline, the spiral, clouds of points, arrows, paths."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from clip_train.settings import Progress
+from diffusion.lab.experiment import Figure
 from diffusion.lab.spiral import CLASSES, curve
 from diffusion.lab.style import COLOURS
 from diffusion.lab.walks import at_level, lattice, shrunk
@@ -12,6 +15,32 @@ from diffusion.samplers import Denoise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+
+FAINT = "#CFCFCF"  # of a field that lies under something else
+
+
+def draw_all(figures: Sequence[Callable[[], Figure]], on_progress: Progress | None = None) -> list[Figure]:
+    """Make the figures one by one, and tell how many there are."""
+    made = []
+    for figure in figures:
+        made.append(figure())
+        if on_progress:
+            on_progress(len(made), len(figures), stage="figures")
+    return made
+
+
+def headline(figure: "Canvas", message: str) -> None:
+    """What the figure says, in one line above all its panels."""
+    figure.suptitle(message, fontsize=15, parse_math=False)
+
+
+def level_axis(axes: "Axes") -> None:
+    """The noise level along x, on a logarithmic scale in plain numbers."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("noise level σ")
 
 
 def draw_curve(axes: "Axes", classes: bool = False, width: float = 5.0) -> None:
@@ -24,9 +53,11 @@ def draw_curve(axes: "Axes", classes: bool = False, width: float = 5.0) -> None:
         axes.plot(*part.T, color=COLOURS[name], alpha=0.35, linewidth=width, zorder=0, solid_capstyle="butt")
 
 
-def draw_cloud(axes: "Axes", points: Tensor, colour: str, size: float = 5.0, alpha: float = 0.6) -> None:
+def draw_cloud(
+    axes: "Axes", points: Tensor, colour: str, size: float = 5.0, alpha: float = 0.6, zorder: float = 2
+) -> None:
     """Points (N, 2) as dots."""
-    axes.scatter(*points.T, s=size, c=colour, alpha=alpha, linewidths=0, zorder=2)
+    axes.scatter(*points.T, s=size, c=colour, alpha=alpha, linewidths=0, zorder=zorder)
 
 
 def draw_arrows(axes: "Axes", start: Tensor, way: Tensor, colour: str, longest: float) -> None:
@@ -54,8 +85,8 @@ def draw_field(
 
 
 def draw_paths(axes: "Axes", path: Tensor, colour: str, width: float = 1.3) -> None:
-    """Paths (calls + 1, N, 2): thin lines with a ring where they start and a dot where they end."""
+    """Paths (calls + 1, N, 2): lines with a ring where they start and a dot where they end."""
     for one in range(path.shape[1]):
-        axes.plot(*path[:, one].T, color=colour, linewidth=width, alpha=0.85, zorder=4)
-    axes.scatter(*path[0].T, s=26, facecolors="white", edgecolors=colour, linewidths=1.5, zorder=5)
-    axes.scatter(*path[-1].T, s=34, c=colour, edgecolors="white", linewidths=0.8, zorder=6)
+        axes.plot(*path[:, one].T, color=colour, linewidth=width, alpha=0.9, zorder=4)
+    axes.scatter(*path[0].T, s=44, facecolors="white", edgecolors=colour, linewidths=2, zorder=5)
+    axes.scatter(*path[-1].T, s=70, c=colour, edgecolors="white", linewidths=1, zorder=6)

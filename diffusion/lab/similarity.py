@@ -10,6 +10,7 @@ import numpy as np
 from diffusion.lab.pairs import Pairs, square, wrapped
 from diffusion.lab.style import BLUE, GREY, drawing, panels, save
 
+BRIGHT = "cividis"  # Nunez et al. 2018: the same to colour-blind people; bright: near
 SHOWN = 7  # pairs whose pictures and captions can be read on one slide
 
 
@@ -45,15 +46,15 @@ def draw_pairs(path: Path, pairs: Pairs, rows: np.ndarray) -> None:
         figure, axes = panels(width=1.25 * (size + 1.3), height=1.05 * (size + 1.4))
         panel = axes[0, 0]
         low, high = min(0.0, float(cosines.min())), float(cosines.max())
-        panel.imshow(cosines, cmap="Blues", vmin=low, vmax=high, aspect="auto")
+        panel.imshow(cosines, cmap=BRIGHT, vmin=low, vmax=high, aspect="auto")
         for i, row in enumerate(rows.tolist()):
             picture = np.asarray(square(pairs.thumbnail(row, 128), 128))
             panel.imshow(picture, extent=(-1.45, -0.6, i + 0.46, i - 0.46), aspect="auto", interpolation="lanczos")
             for j in range(size):
                 value = float(cosines[i, j])
-                dark = value > low + 0.6 * (high - low)
+                bright = value > low + 0.6 * (high - low)
                 panel.text(j, i, signed(value), ha="center", va="center",
-                           color="white" if dark else "black", fontsize=15 if i == j else 13,
+                           color="black" if bright else "white", fontsize=15 if i == j else 13,
                            fontweight="bold" if i == j else "normal")  # fmt: skip
         panel.set(xlim=(-1.5, size - 0.5), ylim=(size - 0.5, -0.5), yticks=[])
         panel.set_xticks(range(size), [wrapped(pairs.captions[row], 13, 5) for row in rows], fontsize=11)
@@ -62,7 +63,9 @@ def draw_pairs(path: Path, pairs: Pairs, rows: np.ndarray) -> None:
         for label in panel.get_xticklabels():
             label.set_parse_math(False)
         panel.spines[:].set_visible(False)
-        panel.set_title("cosine of every picture with every caption", fontsize=15, pad=12)
+        found = round(float(matched(cosines)) * size)
+        panel.set_title(f"Cosine of every picture with every caption: {found} of {size} find their own", fontsize=15,
+                        pad=12)  # fmt: skip
         save(figure, path)
 
 
@@ -74,11 +77,12 @@ def draw_batch(path: Path, cosines: np.ndarray) -> None:
     with drawing():
         figure, axes = panels(1, 2, width=5.2, height=4.6)
         left, right = axes[0]
-        shown = left.imshow(cosines, cmap="Blues", vmin=min(0.0, float(np.quantile(off, 0.05))), vmax=float(own.max()))
+        shown = left.imshow(cosines, cmap=BRIGHT, vmin=min(0.0, float(np.quantile(off, 0.05))),
+                            vmax=float(own.max()))  # fmt: skip
         bar = figure.colorbar(shown, ax=left, shrink=0.8, pad=0.03)
         bar.set_label("cosine")
         left.set(xlabel=f"{size} captions", ylabel=f"{size} pictures", xticks=[], yticks=[])
-        left.set_title("a batch: own pairs on the diagonal")
+        left.set_title("A batch: own pairs on the diagonal")
         edges = np.linspace(cosines.min(), cosines.max(), 41)
         right.hist(off, edges, density=True, color=GREY, alpha=0.6, label="other captions")
         right.hist(own, edges, density=True, color=BLUE, alpha=0.7, label="own caption")
@@ -87,7 +91,7 @@ def draw_batch(path: Path, cosines: np.ndarray) -> None:
         for values, colour in ((off, GREY), (own, BLUE)):
             right.axvline(values.mean(), ymax=0.78, color=colour, linestyle="--", linewidth=1.5)
         right.legend(loc="upper center", ncols=2)
-        right.set_title(f"mean {signed(own.mean())} on the diagonal, {signed(off.mean())} off it")
+        right.set_title(f"Mean {signed(own.mean())} on the diagonal, {signed(off.mean())} off it")
         save(figure, path)
 
 

@@ -89,7 +89,7 @@ def space(
 
 def _matrix(bench: Bench, batch: np.ndarray) -> None:
     cosines = similarity.similarity(bench.pairs, batch)
-    bench.show("pairs.png", "Seven pictures, seven captions, every cosine: own pairs stand out on the diagonal.",
+    bench.show("pairs.png", "Seven pictures, seven captions, every cosine: own pairs are brightest, on the diagonal.",
                lambda path: similarity.draw_pairs(path, bench.pairs, batch))  # fmt: skip
     bench.show("batch.png", f"The same for a batch of {len(batch)}: training brightens the diagonal, darkens the rest.",
                lambda path: similarity.draw_batch(path, cosines))  # fmt: skip

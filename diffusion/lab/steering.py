@@ -5,6 +5,7 @@ always right: a network that follows its condition as trained is wrong as often,
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from clip_train.settings import Progress, UserError
 from diffusion.guidance import classifier_free
 from diffusion.lab.experiment import Experiment, Finding
 from diffusion.lab.plane import PlaneConfig, Trained, train_plane
+from diffusion.lab.plane_figures import draw_all
 from diffusion.lab.spiral import BINS, CLASSES, NOTHING, Spiral, class_of, coverage, nearest
 from diffusion.lab.steering_figures import (
     figure_of_arrows,
@@ -66,12 +68,15 @@ def steering(config: SteeringConfig, folder: Path, on_progress: Progress | None 
 
     return Experiment(
         title="Steering: the condition, amplified",
-        figures=[
-            figure_of_arrows(folder, network),
-            figure_of_scales(folder, drawn, rows),
-            figure_of_precision(folder, rows),
-            figure_of_negative(folder, free, others[3.0]),
-        ],
+        figures=draw_all(
+            [
+                partial(figure_of_arrows, folder, network),
+                partial(figure_of_scales, folder, drawn, rows),
+                partial(figure_of_precision, folder, rows),
+                partial(figure_of_negative, folder, free, others[3.0]),
+            ],
+            on_progress,
+        ),
         findings=findings(rows, shares(free), negative),
         tables={"scales": rows, "not_cat": negative},
     )

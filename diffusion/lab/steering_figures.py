@@ -6,14 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.guidance import classifier_free
 from diffusion.lab.experiment import Figure
 from diffusion.lab.plane import Trained
-from diffusion.lab.plane_figures import draw_cloud, draw_curve
-from diffusion.lab.spiral import CLASSES, NOTHING, class_of, nearest
+from diffusion.lab.plane_figures import draw_cloud, draw_curve, headline
+from diffusion.lab.spiral import CLASSES, NOTHING, class_of, curve, nearest
 from diffusion.lab.style import COLOURS, drawing, outer_labels, panels, plane, save
 from diffusion.lab.walks import at_level
 
-PLACES = ((-1.1, 0.75), (-0.15, 1.25), (1.05, 0.95), (1.3, -0.2), (0.55, -1.2), (-0.75, -1.0), (-0.1, -0.1))
+PLACES = ((-1.1, 0.8), (-0.2, 1.3), (1.1, 1.15), (1.35, -0.3), (0.5, -1.25), (-0.85, -1.1))
+
+
+PARTS = 12  # in which the points of a class are drawn
 
 
 def figure_of_arrows(
@@ -21,41 +25,34 @@ def figure_of_arrows(
 ) -> Figure:
     """The three arrows of classifier-free guidance at a few noisy points."""
     x = torch.tensor(PLACES)
-
-    def towards(label: int) -> Tensor:
-        return at_level(lambda x, s: network(x, s, {"label": torch.full((len(x),), label)}), x, sigma) - x
-
-    null, cond = towards(NOTHING), towards(CLASSES.index(wanted))
-    guided = null + scale * (cond - null)
+    asked, nothing = ({"label": torch.full((len(x),), label)} for label in (CLASSES.index(wanted), NOTHING))
+    null, cond, guided = (
+        at_level(classifier_free(network, asked, nothing, one), x, sigma) - x for one in (0.0, 1.0, scale)
+    )
     with drawing():
-        figure, axes = panels(1, 1, width=6.6, height=7.9)
+        figure, axes = panels(1, 1, width=6.8, height=7.9)
+        headline(figure, f"Guidance {scale:g}: {scale:g} times the way from grey to blue")
         one = axes[0, 0]
-        plane(one, f"at noise level {sigma:g}, asked for a {wanted}", reach=1.75)
+        plane(one, f"at noise level {sigma:g}, asked for a {wanted}", reach=1.5)
         draw_curve(one, classes=True, width=9)
-        for start, way, colour, style in (
-            (x, null, COLOURS["unconditional"], "-"),
-            (x, cond, COLOURS["conditional"], "-"),
-            (x, guided, COLOURS["guided"], "-"),
-        ):
-            _arrows(one, start, way, colour, style)
-        for begin, end in zip(x + null, x + guided, strict=True):
-            one.plot(*torch.stack([begin, end]).T, color="black", linewidth=1.2, linestyle=":", zorder=3)
+        _name_classes(one)
+        _arrows(one, x + null, guided - null, "black", width=1.2)
+        for way, name in ((null, "unconditional"), (cond, "conditional"), (guided, "guided")):
+            _arrows(one, x, way, COLOURS[name])
         one.scatter(*x.T, s=55, c="white", edgecolors="black", linewidths=1.5, zorder=6)
         lines = [
             one.plot([], [], color=COLOURS["unconditional"], label="unconditional")[0],
             one.plot([], [], color=COLOURS["conditional"], label=f'conditional, "{wanted}"')[0],
-            one.plot([], [], color="black", linestyle=":", linewidth=1.2, label=f"their difference, {scale:g} times")[
-                0
-            ],
+            one.plot([], [], color="black", linewidth=1.2, label=f"{scale:g} times their difference")[0],
             one.plot([], [], color=COLOURS["guided"], label=f"guided, scale {scale:g}")[0],
-            *(one.plot([], [], color=COLOURS[name], alpha=0.35, linewidth=9, label=name)[0] for name in CLASSES),
         ]
         figure.legend(handles=lines, loc="outside lower center", ncols=2)
         save(figure, folder / "arrows.png")
     return Figure(
         file="arrows.png",
         caption="From each noisy point (white) the network points to its guess without a condition (grey) and with one "
-        f"(blue). Guidance goes {scale:g} times as far from the first towards the second (red).",
+        f"(blue). Guidance goes {scale:g} times as far from the first towards the second (black), and so the point "
+        "is led (red).",
     )
 
 
@@ -63,14 +60,17 @@ def figure_of_scales(folder: Path, drawn: dict[float, list[Tensor]], rows: list[
     """What is drawn for each class at each scale, in the class's colour."""
     columns = (len(drawn) + 1) // 2
     with drawing():
-        figure, axes = panels(2, columns, width=3.3, height=3.95)
+        figure, axes = panels(2, columns, width=3.3, height=4.2)
+        headline(figure, "More guidance: first right, then all alike, at last off the spiral")
         for one in axes.flat[len(drawn) :]:
             one.set_axis_off()
         for one, (scale, classes) in zip(axes.flat, drawn.items(), strict=False):
             right = [row["precision"] for row in rows if row["scale"] == scale]
-            plane(one, f"guidance {scale:g}: {100 * sum(right) / len(right):.0f} % right", reach=1.5)
-            for name, points in zip(CLASSES, classes, strict=True):
-                draw_cloud(one, points, COLOURS[name], size=6, alpha=0.7)
+            known = {0: " (unconditional)", 1: " (conditional)"}.get(scale, "")
+            plane(one, f"guidance {scale:g}{known}\n{100 * sum(right) / len(right):.0f} % right", reach=1.5)
+            for part in range(PARTS):  # in turn, so that no class hides the others
+                for name, points in zip(CLASSES, classes, strict=True):
+                    draw_cloud(one, points[part::PARTS], COLOURS[name], size=8, alpha=0.8)
         outer_labels(axes)
         _legend_of_classes(figure, axes[0, 0])
         save(figure, folder / "scales.png")
@@ -83,11 +83,16 @@ def figure_of_scales(folder: Path, drawn: dict[float, list[Tensor]], rows: list[
 
 
 def figure_of_precision(folder: Path, rows: list[dict[str, Any]]) -> Figure:
-    """Precision and coverage of each class against the scale."""
+    """Precision, coverage and over-saturation of each class against the scale."""
     scales = sorted({row["scale"] for row in rows})
     with drawing():
-        figure, axes = panels(1, 2, width=4.9, height=4.4)
-        measures = (("precision", "right class, on the spiral, %"), ("coverage", "part of the class drawn, %"))
+        figure, axes = panels(1, 3, width=4.3, height=4.5)
+        headline(figure, "Guidance buys precision with variety; too much of it leaves the spiral")
+        measures = (
+            ("precision", "right class, on the spiral, % of points"),
+            ("coverage", "part of the class drawn, %"),
+            ("outside", "off the spiral, % of points"),
+        )
         for one, (measure, label) in zip(axes[0], measures, strict=True):
             for name, mark in zip(CLASSES, "os^", strict=True):
                 values = [100 * row[measure] for scale in scales for row in rows
@@ -95,24 +100,25 @@ def figure_of_precision(folder: Path, rows: list[dict[str, Any]]) -> Figure:
                 one.plot(range(len(scales)), values, color=COLOURS[name], marker=mark, markersize=7, label=name)
             one.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
             one.set_ylim(0, 105)
-            one.set_xlabel("guidance"), one.set_ylabel(label)
-        axes[0, 0].legend(loc="lower right")
+            one.set_xlabel("guidance scale"), one.set_ylabel(label)
+        axes[0, 2].legend(loc="upper left")
         save(figure, folder / "precision.png")
     return Figure(
         file="precision.png",
-        caption="Guidance buys precision (left) with variety (right). Beyond a few times it loses both: the points "
-        "leave the spiral.",
+        caption="Guidance buys precision (left) with variety (middle). Beyond a few times it over-saturates: points "
+        "are driven off the spiral (right), and count as wrong.",
     )
 
 
 def figure_of_negative(folder: Path, free: Tensor, others: Tensor) -> Figure:
     """All classes, and all but cats."""
     with drawing():
-        figure, axes = panels(1, 2, width=4.2, height=5.1)
+        figure, axes = panels(1, 2, width=4.2, height=5.3)
+        headline(figure, '"Not cat" as a negative condition takes the cats away')
         for one, points, head in ((axes[0, 0], free, "no condition"), (axes[0, 1], others, '"not cat", scale 3')):
             label = class_of(nearest(points)[1])
             cats = (label == CLASSES.index("cat")).float().mean().item()
-            plane(one, f"{head}: {100 * cats:.2g} % cats", reach=1.3)
+            plane(one, f"{head}: {100 * cats:.0f} % cats", reach=1.3)
             draw_curve(one, classes=True)
             for number, name in enumerate(CLASSES):
                 draw_cloud(one, points[label == number], COLOURS[name], size=12, alpha=0.9)
@@ -121,16 +127,24 @@ def figure_of_negative(folder: Path, free: Tensor, others: Tensor) -> Figure:
         save(figure, folder / "negative.png")
     return Figure(
         file="negative.png",
-        caption='A negative condition: guidance from "cat" to nothing and beyond. The cats are gone, and what '
-        "is left keeps away from them.",
+        caption='A negative condition: guidance from "cat" to nothing and beyond. Hardly any cat is left, and '
+        "the others keep away from them: most are where cats are least likely.",
     )
 
 
-def _arrows(axes, start: Tensor, way: Tensor, colour: str, style: str) -> None:
+def _arrows(axes, start: Tensor, way: Tensor, colour: str, width: float = 2.4) -> None:
     for (x, y), (dx, dy) in zip(start.tolist(), way.tolist(), strict=True):
-        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.2, "linestyle": style, "mutation_scale": 16,
+        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "mutation_scale": 8 + 4 * width,
                  "shrinkA": 0, "shrinkB": 0}  # fmt: skip
         axes.annotate("", xy=(x + dx, y + dy), xytext=(x, y), arrowprops=arrow, zorder=4)
+
+
+def _name_classes(axes) -> None:
+    """Each class's name beside its part of the curve, outside it, where no arrow is."""
+    for name, arc in zip(CLASSES, (0.17, 0.39, 0.83), strict=True):
+        on = curve(torch.tensor([arc]))[0]
+        place = on * (1 + 0.16 / on.norm())
+        axes.text(*place, name, color=COLOURS[name], fontsize=15, fontweight="bold", ha="center", va="center", zorder=2)
 
 
 def _legend_of_classes(figure, axes) -> None:

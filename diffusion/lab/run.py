@@ -1,0 +1,85 @@
+"""Run: a person's trained folders, found by their manifests: CLIP, prior, decoder and pictures that belong together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_train.folder import Manifest, read_manifest
+from clip_train.settings import UserError
+
+DEPTH = 3  # folders below the one given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What was found. Everything belongs to one CLIP; what is not there is None."""
+
+    folder: Path
+    clip: str  # a folder, or MODEL:TAG of open_clip's list
+    decoder: Path | None
+    prior: Path | None
+    embeddings: Path | None
+    shards: str | None  # of the embeddings' pictures; without embeddings those that the CLIP was trained on
+    seen: bool  # whether the pictures are those that the CLIP or the decoder was trained on
+
+    @classmethod
+    def find(cls, folder: Path | str, embeddings: Path | str | None = None) -> "Run":
+        """The newest decoder with its CLIP (or the newest CLIP), the newest prior of that CLIP, and the largest
+        embeddings folder whose pictures were not trained on, if there is one. embeddings: taken instead.
+
+        UserError: no such folder, or no CLIP in it.
+        """
+        folder = Path(folder)
+        found = sorted(manifests(folder), key=lambda made: made.created, reverse=True)
+        users = sorted((made for made in found if "clip" in made.inputs), key=lambda made: made.kind != "decoder")
+        user = next((made for made in users if _clip_of(made, found)), None)
+        trained = next((made for made in found if made.kind == "clip"), None)
+        if user is None and trained is None:
+            raise UserError(f"{folder}/ holds no CLIP folder; give the folder that holds yours with --run, or none")
+        clip = _clip_of(user, found) if user else str(trained.folder)
+        known = _fingerprint(user, "clip") if user else trained.fingerprint
+        own = [made for made in found if _fingerprint(made, "clip") == known]
+        decoder, prior = (next((made for made in own if made.kind == kind), None) for kind in ("decoder", "prior"))
+        makers = [decoder, *(made for made in found if made.kind == "clip" and made.fingerprint == known)]
+        used = {_fingerprint(made, "shards") for made in makers if made}
+        stores = [made for made in own if made.kind == "embeddings" and made.input_path("shards")]
+        stores.sort(key=lambda made: (_fingerprint(made, "shards") not in used, made.result.get("rows", 0)))
+        if embeddings is not None:
+            stores = [read_manifest(embeddings, "embeddings")]
+        store = stores[-1] if stores else None
+        shards = next((made.input_path("shards") for made in (store, *makers) if made), None)
+        return cls(
+            folder=folder,
+            clip=clip,
+            decoder=decoder.folder if decoder else None,
+            prior=prior.folder if prior else None,
+            embeddings=store.folder if store else None,
+            shards=str(shards) if shards else None,
+            seen=store is None or _fingerprint(store, "shards") in used,
+        )
+
+
+def manifests(folder: Path) -> Iterator[Manifest]:
+    """Of the finished folders in `folder` and up to DEPTH below; unfinished and replaced ones are left out."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}/ does not exist")
+    for depth in range(DEPTH + 1):
+        for path in sorted(folder.glob("*/" * depth + "manifest.json")):
+            names = path.parent.relative_to(folder).parts
+            if not any(name.endswith(".partial") or ".replaced-" in name for name in names):
+                try:
+                    yield read_manifest(path.parent)
+                except UserError:  # another tool's manifest.json
+                    continue
+
+
+def _fingerprint(made: Manifest, name: str) -> str | None:
+    return made.inputs.get(name, {}).get("fingerprint")
+
+
+def _clip_of(made: Manifest, found: list[Manifest]) -> str | None:
+    """Where the CLIP is that it was made with: among those found, where it was then, or a name of open_clip's list."""
+    wanted = _fingerprint(made, "clip")
+    inside = next((one.folder for one in found if one.kind == "clip" and one.fingerprint == wanted), None)
+    recorded = made.inputs["clip"].get("path", "")
+    return str(inside or made.input_path("clip") or (recorded if ":" in recorded else "")) or None
