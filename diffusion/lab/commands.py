@@ -185,7 +185,9 @@ def lab_guidance(steps, wrong_label, seed, out) -> None:
     type=FOLDER,
     help="Folder that holds your clip, prior, decoder and embeddings. Default: quickstart, which is made if need be.",
 )
-@click.option("--embeddings", type=FOLDER, help="Of the pictures to look at; default: the most not trained on.")
+@click.option(
+    "--embeddings", type=FOLDER, help="Of the pictures to look at; default: the most that were not trained on."
+)
 @click.option("--image", type=FOLDER, help="The picture that goes to static; default: one of the run's.")
 @STEPS
 @click.option("--count", type=click.IntRange(8), help="Pictures that the decoder draws; default: what each wants.")
@@ -205,6 +207,7 @@ def lab_all(folder, embeddings, image, steps, count, seed, out, device) -> None:
 
     if folder is None:
         folder = Path("quickstart")
+        embeddings = embeddings or folder / "emb" / "recombined"  # it knows the words, and not these pictures
         if not (folder / "report.json").exists():
             from diffusion.quickstart import run_quickstart
 

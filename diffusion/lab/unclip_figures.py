@@ -35,7 +35,9 @@ def crossing(along: Mapping[str, np.ndarray]) -> "Canvas":
         one.set_yticks([])
         one.set_ylabel(names[name].replace("the prior's ", "the prior's\n"), rotation=0, ha="right", va="center")
     axes[-1, 0].set_xlabel("along the line from the captions' centre to the pictures' (dashed: mean)")
-    axes[0, 0].set_title("The prior takes captions to where pictures are")
+    first, guess, last = (float(along[name].mean()) for name in names)
+    crossed = (guess - first) / (last - first)
+    axes[0, 0].set_title(f"The prior takes captions {crossed:.0%} of the way to the pictures")
     return figure
 
 
@@ -48,7 +50,7 @@ def three_ways(
     columns = [_lines(caption) for caption in captions[:count]]
     return mosaic(rows, ["real", *(words for words, _ in WAYS.values())], columns, groups=[1],
                   colours=[COLOURS["data"], *(colour for _, colour in WAYS.values())],
-                  title="A caption's embedding is no picture's: the prior makes it one")  # fmt: skip
+                  title="One caption, three ways to a picture")  # fmt: skip
 
 
 def seeds(real: Image.Image, groups: Mapping[str, Sequence[Generated]], caption: str) -> "Canvas":
