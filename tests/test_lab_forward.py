@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from PIL import Image
 
 from clip_train.settings import UserError
@@ -101,6 +102,7 @@ def test_settings_that_cannot_be_are_refused(wrong):
 def test_the_command_writes_a_folder_with_its_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forward_figures, "frames", lambda *_: [Image.new("RGB", (8, 8))])  # drawn above
+    monkeypatch.setattr(forward_figures, "colours", lambda *_: Figure())
     (tmp_path / "$a_$.png").write_bytes(painted())
     few = ["--size", "16", "--steps", "8", "--out", "out"]
     answer = CliRunner().invoke(commands.lab_forward, ["$a_$.png", *few])

@@ -92,6 +92,7 @@ def _bars(panel: "Axes", one: Analogy, found: dict[str, Any], colour: str) -> No
         label.set_parse_math(False)
         label.set_fontweight("bold" if whole else "normal")
     panel.tick_params(axis="y", length=0)
+    panel.locator_params(axis="x", nbins=5)
     panel.set(xlabel=f"cosine ({found['words']} words ranked)", xlim=(min(0, *cosines), max(cosines) * 1.22))
 
 
@@ -99,7 +100,7 @@ def _sum(one: Analogy) -> str:
     """The expression in two lines, the second one beginning with a sign."""
     first, *others = (f"{'−' if term.weight < 0 else '+'} {'' if abs(term.weight) == 1 else f'{abs(term.weight):g} × '}"
                       f"{term.text}" for term in one.terms)  # fmt: skip
-    return "\n".join(wrapped(line, 34, 1) for line in (first.removeprefix("+ "), " ".join(others)))
+    return "\n".join(wrapped(line, 34, 2) for line in (first.removeprefix("+ "), " ".join(others)))
 
 
 def _believed(one: Analogy, found: dict[str, Any]) -> str:

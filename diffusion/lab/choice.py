@@ -122,7 +122,7 @@ def draw_curves(path: Path, rows: Sequence[dict[str, float]], own: float, size: 
                       color="#555555")  # fmt: skip
         left.plot(best["temperature"], best["loss"], "o", color=RED, markersize=9,
                   label=f"least loss: {best['temperature']:.2g}")  # fmt: skip
-        left.set(ylabel="loss of choosing the own caption (nats)", ylim=(0, 1.2 * np.log(size)))
+        left.set(ylabel="loss at the own caption (nats)", ylim=(0, 1.2 * np.log(size)))
         left.set_yticks(range(int(np.log(size)) + 1))
         left.set_title("The loss is least at one temperature")
         right.plot(heat, [row["confidence"] for row in rows], color=RED, label="confidence")

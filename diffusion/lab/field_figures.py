@@ -34,7 +34,7 @@ def figure_of_forward(folder: Path, spiral: Spiral, config: PlaneConfig, seed: i
     staying = (way[: shown + 1].abs().amax((0, 2)) < 2.1).nonzero()[:, 0]  # within the picture all the time
     followed = [staying[_nearest_to(x0[staying], place)] for place in ((-0.05, 0.55), (0.45, -0.65), (-0.65, 0.0))]
     with drawing():
-        figure, axes = panels(1, 4, width=3.5, height=4.1)
+        figure, axes = panels(1, 4, width=3.5, height=4.3)
         headline(figure, "A random walk carries every point away, until nothing of the spiral is left")
         for one, sigma in zip(axes[0], (0.0, 0.1, 0.3, 1.0), strict=True):
             upto = int((sigmas <= sigma).sum())
@@ -171,7 +171,7 @@ def figure_of_fields(folder: Path, spiral: Spiral, learned: Denoise) -> Figure:
 def figure_of_blind_field(folder: Path, blind: Denoise) -> Figure:
     """The field of the network that is not told the noise level."""
     with drawing():
-        figure, axes = panels(1, len(LEVELS), width=3.4, height=4.0)
+        figure, axes = panels(1, len(LEVELS), width=3.4, height=4.3)
         headline(figure, "Not told the noise level, the network points to the middle and misses the turns")
         _draw_row(axes[0], "not told", blind, COLOURS["no noise level"])
         outer_labels(axes)

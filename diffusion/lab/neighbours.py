@@ -90,7 +90,7 @@ def draw_map(path: Path, pairs: Pairs, rows: np.ndarray, image_at: np.ndarray, t
         panel.set(xlim=(-reach, 1 + reach), ylim=(-reach, 1 + reach), aspect="equal", xticks=[], yticks=[])
         panel.set_xlabel("t-SNE of the cosines: only nearness means something", fontsize=14)
         panel.spines[:].set_visible(False)
-        panel.set_title(f"{len(rows)} pictures beside their captions: one space, laid flat", fontsize=18)
+        panel.set_title(f"{len(rows)} pictures and their captions in one space, laid flat", fontsize=18)
         figure.legend(loc="outside lower center", ncols=2, fontsize=14, handletextpad=0.1, markerscale=2)
         save(figure, path)
 

@@ -22,7 +22,7 @@ def figure_of_paths(folder: Path, network: Trained, steps: int, seed: int, count
     """The ways of a few points, from the same noise, over the field half way down."""
     half = 0.25
     with drawing():
-        figure, axes = panels(1, len(SHOWN), width=4.2, height=4.8)
+        figure, axes = panels(1, len(SHOWN), width=4.2, height=5.1)
         headline(figure, "DDPM needs its noise to arrive everywhere, DDIM needs none")
         for one, (shown, sampler) in zip(axes[0], SHOWN.items(), strict=True):
             plane(one, NAMES[shown], reach=1.5)
