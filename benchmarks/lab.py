@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from clip_train.console import Bars
-from diffusion.lab.experiment import Finding, read_numbers, run_part
-from diffusion.lab.run import Run
-from diffusion.lab.story import story_of
+sys.path.pop(0)  # this folder: a benchmark beside this one has the name of the package
+
+from clip_train.console import Bars  # noqa: E402
+from diffusion.lab.experiment import Finding, read_numbers, run_part  # noqa: E402
+from diffusion.lab.run import Run  # noqa: E402
+from diffusion.lab.story import story_of  # noqa: E402
 
 
 def main() -> None:
