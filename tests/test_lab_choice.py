@@ -51,7 +51,7 @@ def test_a_name_that_is_not_among_the_bars_is_said_to_come_later(tmp_path, monke
     names, cosines = [f"name {n}" for n in range(30)], -np.arange(30.0)
     for truth in ("Name 0", "name 6", "name 21", None):
         draw_zero_shot(tmp_path / "a.png", np.zeros((4, 4, 3)), names, cosines, 1.0, truth)
-    assert drawn == ["", "", "its name comes 22nd", ""]
+    assert drawn == ["", "", "its name\ncomes 22nd", ""]
 
 
 def test_places_are_said_as_words():

@@ -17,7 +17,7 @@ from clip_train.embed import embed
 from clip_train.fit import FitConfig
 from clip_train.folder import partial_of, read_manifest
 from clip_train.settings import UserError
-from clip_train.shards import write_shards
+from clip_train.shards import list_shards, write_shards
 from diffusion.decoder import DecoderConfig
 from diffusion.lab import parts, story
 from diffusion.lab.experiment import Experiment, Figure, Finding, Part, read_numbers
@@ -164,13 +164,27 @@ def test_what_people_wrote_is_text_on_the_page_and_not_markup(tmp_path):
 def test_a_run_is_found_by_its_manifests_and_pictures_not_trained_on_are_preferred(house, tmp_path):
     found = Run.find(house)
     assert (found.clip, found.decoder, found.prior) == (str(house / "clip"), house / "decoder", house / "prior")
-    assert found.embeddings == house / "emb" and found.seen and found.shards == str(house / "shards")
-    held = tiny.shards(house / "held", 6)
+    assert found.embeddings == house / "emb" and found.seen
+    held = house / "held"
+    write_shards(tiny.samples(6, "held"), held)
     try:
         embed(held, house / "clip", house / "deep" / "emb-held")
         found = Run.find(house)
-        assert found.embeddings == house / "deep" / "emb-held" and not found.seen and found.shards == str(held)
+        assert found.embeddings == house / "deep" / "emb-held" and not found.seen
+        assert [path.parent for path in list_shards(found.shards)] == [held]
         assert Run.find(house, house / "emb").seen
+        more = f"{house / 'shards'}::{held}"  # the largest, and some of it was trained on
+        embed(more, house / "clip", house / "deep" / "emb-all")
+        assert Run.find(house) == found and Run.find(house, house / "deep" / "emb-all").seen
+        decoder = json.loads((house / "decoder" / "manifest.json").read_text())
+        few = decoder | {"created": "2999", "inputs": decoder["inputs"] | {"teacher": {"fingerprint": "", "path": ""}}}
+        (house / "few").mkdir()
+        (house / "few" / "manifest.json").write_text(json.dumps(few))
+        assert Run.find(house) == found  # one that was distilled is not what the lab looks into
+        (house / "few" / "manifest.json").write_text(json.dumps(decoder | {"created": "2999"}))
+        assert Run.find(house).decoder == house / "few"
+        (house / "few").rename(house / "deep" / "few")
+        assert Run.find(house) == found
     finally:
         shutil.rmtree(house / "deep"), shutil.rmtree(held)
 
@@ -178,7 +192,7 @@ def test_a_run_is_found_by_its_manifests_and_pictures_not_trained_on_are_preferr
 def test_what_a_run_lacks_is_named_and_no_clip_is_an_error(house, tmp_path):
     embed(house / "shards", house / "clip", tmp_path / "emb")
     found = Run.find(tmp_path)
-    assert found.clip == str(house / "clip") and found.shards == str(house / "shards")  # both lie elsewhere
+    assert found.clip == str(house / "clip") and found.shards.startswith(str(house / "shards"))  # both lie elsewhere
     story = story_of(replace(found, shards=None), image=house / "fox.png", steps=1)
     assert [part.name for part in story.parts] == ["forward", "spiral", "sampling", "guidance"]
     assert "unclip train decoder" in story.missing["denoise"] and "not where they were" in story.missing["space"]

@@ -74,6 +74,7 @@ def draw_zero_shot(
             left.set_title(f"Labelled\n{wrapped(truth, 26, 2)}", parse_math=False)
         _bars(right, names, share, None if truth is None else truth.lower())
         left.set_xlabel(_missed(names, share, truth, BARS, "its name"))
+        right.locator_params(axis="x", nbins=5)
         right.axvline(1 / len(names), color=BLACK, linestyle="--", linewidth=1.5)
         right.set_xlabel(f"probability (dashed: a blind guess, 1/{len(names)})")
         right.set_title(f"Which of {len(names)} names? (temperature {1 / scale:.2g})")
@@ -154,7 +155,7 @@ def _missed(labels: Sequence[str], share: np.ndarray, right: str | None, shown: 
     """Where the right one comes, if it is not among those shown."""
     own = [i for i, label in enumerate(labels) if right is not None and label.lower() == right.lower()]
     place = 1 + int((share > share[own[0]]).sum()) if own else 0
-    return f"{what} comes {ordinal(place)}" if place > shown else ""
+    return f"{what}\ncomes {ordinal(place)}" if place > shown else ""
 
 
 def _bars(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clip_train.folder import Manifest, read_manifest
 from clip_train.settings import UserError
+from clip_train.shards import list_shards
 
 DEPTH = 3  # folders below the one given
 
@@ -25,37 +26,39 @@ class Run:
     @classmethod
     def find(cls, folder: Path | str, embeddings: Path | str | None = None) -> "Run":
         """The newest decoder with its CLIP (or the newest CLIP), the newest prior of that CLIP, and the largest
-        embeddings folder whose pictures were not trained on, if there is one. embeddings: taken instead.
+        embeddings folder whose pictures were not trained on, if there is one. embeddings: taken instead. What lies
+        deeper in the folder is taken only where nothing lies nearer.
 
         UserError: no such folder, or no CLIP in it.
         """
         folder = Path(folder)
         found = sorted(manifests(folder), key=lambda made: made.created, reverse=True)
-        users = sorted((made for made in found if "clip" in made.inputs), key=lambda made: made.kind != "decoder")
+        found.sort(key=lambda made: len(made.folder.parts))
+        users = sorted((made for made in found if "clip" in made.inputs), key=_last_wanted)
         user = next((made for made in users if _clip_of(made, found)), None)
         trained = next((made for made in found if made.kind == "clip"), None)
         if user is None and trained is None:
             raise UserError(f"{folder}/ holds no CLIP folder; give the folder that holds yours with --run, or none")
         clip = _clip_of(user, found) if user else str(trained.folder)
         known = _fingerprint(user, "clip") if user else trained.fingerprint
-        own = [made for made in found if _fingerprint(made, "clip") == known]
+        own = [made for made in users if _fingerprint(made, "clip") == known]
         decoder, prior = (next((made for made in own if made.kind == kind), None) for kind in ("decoder", "prior"))
         makers = [decoder, *(made for made in found if made.kind == "clip" and made.fingerprint == known)]
-        used = {_fingerprint(made, "shards") for made in makers if made}
-        stores = [made for made in own if made.kind == "embeddings" and made.input_path("shards")]
-        stores.sort(key=lambda made: (_fingerprint(made, "shards") not in used, made.result.get("rows", 0)))
+        used = {tar for made in makers if made for tar in _tars(made)}
+        stores = [made for made in own if made.kind == "embeddings" and _tars(made)]
+        stores.sort(key=lambda made: (used.isdisjoint(_tars(made)), made.result.get("rows", 0)))
         if embeddings is not None:
             stores = [read_manifest(embeddings, "embeddings")]
         store = stores[-1] if stores else None
-        shards = next((made.input_path("shards") for made in (store, *makers) if made), None)
+        shards = next((_shards(made) for made in (store, *makers) if made), "")
         return cls(
             folder=folder,
             clip=clip,
             decoder=decoder.folder if decoder else None,
             prior=prior.folder if prior else None,
             embeddings=store.folder if store else None,
-            shards=str(shards) if shards else None,
-            seen=store is None or _fingerprint(store, "shards") in used,
+            shards=shards or None,
+            seen=store is None or not used.isdisjoint(_tars(store)),
         )
 
 
@@ -75,6 +78,27 @@ def manifests(folder: Path) -> Iterator[Manifest]:
 
 def _fingerprint(made: Manifest, name: str) -> str | None:
     return made.inputs.get(name, {}).get("fingerprint")
+
+
+def _last_wanted(made: Manifest) -> tuple[bool, bool]:
+    """Decoders first, those last that were distilled to few steps: they know no other noise levels."""
+    return made.kind != "decoder", "teacher" in made.inputs
+
+
+def _shards(made: Manifest) -> str:
+    """What it was made from, if that is still there; embeddings name the tars in their input's folder."""
+    where, names = made.input_path("shards"), made.result.get("shards")
+    if where and made.kind == "embeddings" and names:
+        return "::".join(str(where / name) for name in names)
+    return str(where or "")
+
+
+def _tars(made: Manifest) -> set[Path]:
+    """The tars of it that are still there."""
+    try:
+        return {Path(tar).resolve() for tar in list_shards(_shards(made))} if _shards(made) else set()
+    except UserError:
+        return set()
 
 
 def _clip_of(made: Manifest, found: list[Manifest]) -> str | None:
