@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 
 from clip_train.folder import write_file
@@ -91,7 +92,11 @@ def save(figure: "Canvas", path: Path) -> None:
 
 def frame(figure: "Canvas") -> Image.Image:
     """The figure as a picture, for animations (diffusion.animation.save_animation)."""
-    return Image.open(io.BytesIO(_png(figure))).convert("RGB")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _png(figure: "Canvas") -> bytes:
