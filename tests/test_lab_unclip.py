@@ -10,7 +10,7 @@ from PIL import Image
 from clip_train.settings import UserError
 from diffusion.generate import Generated
 from diffusion.heldout import HeldOut
-from diffusion.lab.unclip import UnclipConfig, different, scatter, unclip
+from diffusion.lab.unclip import UnclipConfig, different, scatter, trend, unclip
 
 DIM, SIZE, COUNT = 32, 8, 60
 FEW = UnclipConfig(count=40, seeds=3, between=5)
@@ -122,6 +122,13 @@ def test_rows_of_one_label_are_taken_last():
 
 def test_scatter_is_none_among_equal_rows_and_one_at_right_angles():
     assert scatter(np.ones((3, 1))) == pytest.approx(0) and scatter(np.eye(3)) == pytest.approx(1)
+
+
+def test_a_trend_is_the_correlation_with_the_place():
+    rows = np.array([[1.0, 2, 3, 4], [4, 3, 2, 1], [5, 5, 5, 5], [1, 0, 0, 1]])
+    assert trend(rows).tolist() == pytest.approx([1, -1, 0, 0])
+    noise = np.random.default_rng(0).standard_normal(7)
+    assert trend(noise) == pytest.approx(np.corrcoef(noise, np.arange(7))[0, 1])
 
 
 @pytest.mark.parametrize("wrong", [{"count": 7}, {"seeds": 1}, {"between": 2}, {"strips": 0}])

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from diffusion.train_decoder import train_decoder
 from diffusion.train_prior import train_prior
 
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "learn").glob("*.md"))
-FEWER = {  # what makes each command quick; it is run as it stands otherwise
+FEWER = {  # what makes each command quick, beside SMALLER; it is run as it stands otherwise
     "spiral": "--steps 20",
     "sampling": "--steps 20",
     "guidance": "--steps 20",
@@ -38,6 +39,15 @@ FEWER = {  # what makes each command quick; it is run as it stands otherwise
     "denoise": "--count 5 --steps 2",
     "unclip": "--count 8",
     "generate": "--steps 4",
+}
+SMALLER = {  # what no option says: fewer points, walks and frames
+    "FieldConfig": {"drawn": 200, "draw_steps": 8, "levels": 3, "frames": 4},
+    "SamplingConfig": {"drawn": 200, "many": 16, "steps": (2, 4, 16), "frames": 4},
+    "SteeringConfig": {"drawn": 50, "draw_steps": 4},
+    "ForwardConfig": {"arrows": 4, "walks": 300},
+    "DenoiseConfig": {"random_steps": 4, "seeds": 2, "grid_steps": (1, 4), "belief_steps": 8},
+    "SpaceConfig": {"permutations": 200},
+    "UnclipConfig": {"strips": 2, "between": 4},
 }
 
 
@@ -72,6 +82,12 @@ def house(tmp_path_factory):
     )
     (root / "fox.png").write_bytes(tiny.picture(3, 40))
     return root
+
+
+@pytest.fixture(autouse=True)
+def smaller(monkeypatch):
+    for name, settings in SMALLER.items():
+        monkeypatch.setattr(parts, name, partial(getattr(parts, name), **settings))
 
 
 def run(house: Path, monkeypatch, arguments: list[str]):

@@ -105,7 +105,7 @@ def lab_denoise(decoder, embeddings, shards, clip, out, device, **options) -> No
 @click.option("--embeddings", required=True, type=FOLDER, help="Of captioned pictures, best kept from training.")
 @click.option("--fit", type=FOLDER, help="Embeddings that ridge, knn and the like are fitted to.")
 @click.option("--clip", type=FOLDER, help="CLIP folder; by default where the decoder says it was.")
-@click.option("--count", default=24, show_default=True, type=click.IntRange(8), help="Captions drawn, in three ways.")
+@click.option("--count", default=32, show_default=True, type=click.IntRange(8), help="Captions drawn, in three ways.")
 @SEED
 @out_option("lab-unclip")
 @device_option
