@@ -57,7 +57,7 @@ def seeds(real: Image.Image, groups: Mapping[str, Sequence[Generated]], caption:
     """Seeds across, what the decoder was given down."""
     rows = [[real if number == 0 else None, *(one.picture for one in made)]
             for number, made in enumerate(groups.values())]  # fmt: skip
-    columns = ["real", *(f"seed {n}" for n in range(len(rows[0]) - 1))]
+    columns = ["real", *(f"start {n + 1}" for n in range(len(rows[0]) - 1))]
     title = textwrap.shorten(caption, 40, placeholder="…")
     return mosaic(rows, [name.replace(" ", "\n", 1) for name in groups], columns,
                   colours=[COLOURS["image"], COLOURS["model"]], title=f"{title}: what the seed decides")  # fmt: skip
@@ -70,6 +70,6 @@ def strips(ways: Sequence[tuple[Sequence[Image.Image], np.ndarray]]) -> "Canvas"
                   title="From one embedding to another, one seed")  # fmt: skip
 
 
-def _lines(caption: str, wide: int = 14, most: int = 3) -> str:
+def _lines(caption: str, wide: int = 13, most: int = 3) -> str:
     """A caption in the width of a picture; what does not fit is left out, and that is shown."""
     return "\n".join(textwrap.wrap(caption, wide, max_lines=most, placeholder=" …"))
