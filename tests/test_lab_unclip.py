@@ -84,7 +84,7 @@ def good(tmp_path_factory):
 
 def test_every_claim_holds_where_the_prior_takes_captions_to_their_pictures(good):
     findings = {finding.name: finding for finding in good[1].findings}
-    for name in ("prior_crosses", "gap_left", "prior_beats_text", "embedding_fixes", "on_the_way"):
+    for name in ("gap_left", "guess_keeps_its_own", "prior_beats_text", "embedding_fixes", "on_the_way"):
         assert findings[name].holds, findings[name].verdict
     assert findings["gap_left"].value < 0.2
     assert not findings["true_beats_prior"].holds  # this prior's guess is the true embedding
@@ -94,14 +94,22 @@ def test_a_prior_that_leaves_captions_where_they_are_crosses_nothing(tmp_path):
     findings = found(World(prior=0.0), tmp_path)
     assert findings["gap_left"].value == pytest.approx(1, abs=1e-3)
     assert findings["prior_beats_text"].value == pytest.approx(1, abs=1e-6)
-    for name in ("prior_crosses", "gap_left", "prior_beats_text"):
-        assert not findings[name].holds
+    assert not findings["gap_left"].holds and not findings["prior_beats_text"].holds
     assert findings["true_beats_prior"].holds  # as the true embedding is better than the caption's
 
 
 def test_a_prior_that_goes_the_wrong_way_is_found_out(tmp_path):
     findings = found(World(prior=-0.3), tmp_path)
-    assert findings["prior_crosses"].value == 0 and findings["gap_left"].value > 1
+    assert findings["gap_left"].value > 1 and not findings["gap_left"].holds
+    assert not findings["prior_beats_text"].holds
+
+
+def test_a_prior_that_does_not_read_the_caption_is_found_out(tmp_path):
+    world = World()
+    everybody = unit(world.images.mean(axis=0)[None])
+    world.image_embeddings = lambda captions, seeds, how=None: torch.from_numpy(everybody.repeat(len(captions), axis=0))
+    findings = found(world, tmp_path)
+    assert findings["gap_left"].value < 1 and not findings["guess_keeps_its_own"].holds
     assert not findings["prior_beats_text"].holds
 
 

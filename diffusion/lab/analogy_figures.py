@@ -1,6 +1,6 @@
 """How sums in the space are drawn: ranked bars, the pictures that were added and taken away, the score of them all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,31 +46,23 @@ def draw_pictures(
         save(figure, path)
 
 
-def draw_scores(path: Path, scores: Sequence[tuple[str, float, float]], chance: float, count: int) -> None:
-    """How often the missing word comes first: (texts or pictures, share of the sums, share without taking away)."""
+def draw_scores(path: Path, scores: Mapping[str, Mapping[str, float]], chance: float, count: int) -> None:
+    """How often the missing word comes first: "texts" or "pictures" -> words below a bar -> share of the sums."""
+    bars = [(kind, label, value) for kind, found in scores.items() for label, value in found.items()]
+    places = [n + 0.6 * (kind != bars[0][0]) for n, (kind, _, _) in enumerate(bars)]
+    strength = {"A − B": 1.0, "A alone": 0.35}
     with drawing():
-        figure, axes = panels(width=6.4, height=4.2)
+        figure, axes = panels(width=1.5 * len(bars) + 1, height=4.2)
         panel = axes[0, 0]
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0}
-        for i, (kind, share, alone) in enumerate(scores):
-            colour = {"texts": ORANGE, "pictures": BLUE}[kind]
-            for place, value, alpha in ((i - 0.2, share, 1.0), (i + 0.2, alone, 0.35)):
-                panel.bar(place, value, 0.38, color=colour, alpha=alpha)
-                panel.annotate(
-                    f"{value:.0%}",
-                    (place, value),
-                    (0, 6),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=14,
-                    bbox=white,
-                )
-                label = "A − B" if alpha == 1 else "A alone"
-                panel.annotate(label, (place, 0), (0, -6), textcoords="offset points", ha="center", va="top")
-        panel.axhline(chance, color=GREY, linestyle="--", zorder=0, label=f"answers shuffled: {chance:.1%}")
-        panel.set_xticks(range(len(scores)), [f"\n{kind}" for kind, _, _ in scores], fontsize=14)
+        for place, (kind, label, value) in zip(places, bars, strict=True):
+            colour = {"texts": ORANGE, "pictures": BLUE}[kind] if label in strength else GREY
+            panel.bar(place, value, 0.8, color=colour, alpha=strength.get(label, 1.0))
+            panel.annotate(f"{value:.0%}", (place, value), (0, 6), textcoords="offset points", ha="center",
+                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})  # fmt: skip
+        panel.axhline(chance, color="black", linestyle="--", zorder=0, label=f"answers shuffled: {chance:.1%}")
+        panel.set_xticks(places, [f"{kind}:\n{label}" for kind, label, _ in bars])
         panel.tick_params(axis="x", length=0)
-        panel.set(ylim=(0, 1.22), xlim=(-0.6, len(scores) - 0.4), ylabel="share of the sums")
+        panel.set(ylim=(0, 1.22), ylabel="share of the sums")
         panel.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
         panel.legend(loc="upper right")
         panel.set_title(f"How often the missing word comes first ({count} sums)")

@@ -1,7 +1,5 @@
 """What chance alone reaches: the null distribution that a finding's band starts above."""
 
-import math
-
 import numpy as np
 
 LEVEL = 0.01  # how often chance may reach a band
@@ -26,15 +24,3 @@ def p_value(found: float, null: np.ndarray) -> float:
 def permutations(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """(count, size): random orders of 0 .. size - 1."""
     return np.argsort(rng.random((count, size), dtype=np.float32), axis=1)
-
-
-def above_coins(count: int, level: float = LEVEL) -> float:
-    """The least share of `count` fair coins whose heads come up so often, or oftener, at most `level` of the time.
-
-    Above 1 where even all of them would be no wonder: below 7 coins at level 0.01.
-    """
-    rare, heads = 0.0, count + 1
-    while heads > 0 and rare + math.comb(count, heads - 1) / 2**count <= level:
-        heads -= 1
-        rare += math.comb(count, heads) / 2**count
-    return heads / count

@@ -1,4 +1,4 @@
-"""The commands of the lab: each runs one experiment into a folder and says its verdicts.
+"""The commands of the lab: each runs one experiment into a folder and writes its verdicts to stdout.
 
 Heavy imports are inside, so that --help answers at once.
 """
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from diffusion.lab.experiment import Part
 
 FOLDER = click.Path(path_type=Path)
-SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of everything random.")
+SEED = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Of everything random."
+)
 
 
 def run(part: "Part", out: Path) -> None:
@@ -24,7 +26,7 @@ def run(part: "Part", out: Path) -> None:
     run_part(part, out, Bars(f"lab {part.name}"))
     numbers = read_numbers(out)
     for one in numbers["findings"]:
-        say(Finding.from_json(one).verdict)
+        click.echo(Finding.from_json(one).verdict)
     say(f"look at: {', '.join(str(out / one['file']) for one in numbers['figures'])}")
 
 
@@ -220,7 +222,7 @@ def lab_all(folder, embeddings, image, steps, count, seed, out, device) -> None:
     made = tell(story, out, lambda name: Bars(f"lab {name}"), say)
     for name, findings in made.result["findings"].items():
         for one in findings:
-            say(f"{name}: {Finding.from_json(one).verdict}")
+            click.echo(f"{name}: {Finding.from_json(one).verdict}")
     say(f"look at: {out / PAGE}")
 
 

@@ -1,6 +1,7 @@
 """What an experiment of the lab leaves: figures, and findings, each a number with the band that the claim asks for."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +30,24 @@ class Finding:
     @property
     def found(self) -> str:
         """The number with its unit."""
-        return f"{_short(self.value)}{f' {self.unit}' if self.unit else ''}"
+        return f"{_digits(self.value, self._digits)}{f' {self.unit}' if self.unit else ''}"
 
     @property
     def asked(self) -> str:
         """The band: "at least 2 and at most 3", or nothing."""
-        ends = (f"at least {_short(self.low)}" if self.low > float("-inf") else "",
-                f"at most {_short(self.high)}" if self.high < float("inf") else "")  # fmt: skip
+        low, high = (_digits(end, self._digits) for end in (self.low, self.high))
+        ends = (
+            f"at least {low}" if self.low > float("-inf") else "",
+            f"at most {high}" if self.high < math.inf else "",
+        )
         return " and ".join(end for end in ends if end)
+
+    @property
+    def _digits(self) -> int:
+        """Three, or as many as it takes to see on which side of its band the value lies."""
+        ends = [end for end in (self.low, self.high) if math.isfinite(end) and end != self.value]
+        enough = (n for n in range(3, 17) if _digits(self.value, n) not in [_digits(end, n) for end in ends])
+        return next(enough, 17)
 
     @property
     def verdict(self) -> str:
@@ -45,18 +56,29 @@ class Finding:
         return f"{answer}: {self.says}: {self.found}" + (f" ({self.asked})" if self.asked else "")
 
     def to_json(self) -> dict[str, Any]:
-        finite = {end: value for end, value in (("low", self.low), ("high", self.high)) if abs(value) < float("inf")}
-        return {"name": self.name, "says": self.says, "value": self.value, "unit": self.unit, **finite,
+        """A value that is no number is null; an end that is not there is left out."""
+        finite = {end: value for end, value in (("low", self.low), ("high", self.high)) if abs(value) < math.inf}
+        return {"name": self.name, "says": self.says, "value": _plain(self.value), "unit": self.unit, **finite,
                 "holds": self.holds}  # fmt: skip
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Finding":
-        return cls(**{key: value for key, value in data.items() if key != "holds"})
+        own = {key: value for key, value in data.items() if key != "holds"}
+        return cls(**own | ({"value": math.nan} if own["value"] is None else {}))
 
 
-def _short(value: float) -> str:
-    """Three digits, never an exponent for sizes that people read."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+def _digits(value: float, count: int) -> str:
+    """So many digits, never an exponent for sizes that people read."""
+    return f"{value:.0f}" if 10**count <= abs(value) < 1e7 else f"{value:.{count}g}"
+
+
+def _plain(value: Any) -> Any:
+    """What json can hold: None for NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +128,9 @@ def run_part(part: Part, out: Path | str, on_progress: Progress | None = None) -
         "settings": settings,
         "findings": findings,
         "figures": [{"file": one.file, "caption": one.caption} for one in made.figures],
-        "tables": made.tables,
+        "tables": _plain(made.tables),
     }
-    write_file(space.path / "numbers.json", json.dumps(numbers, indent=1).encode())
+    write_file(space.path / "numbers.json", json.dumps(numbers, indent=1, allow_nan=False).encode())
     return space.publish({"findings": findings})
 
 

@@ -103,5 +103,6 @@ def ordinal(place: int) -> str:
 
 
 def wrapped(text: str, width: int, lines: int = 3) -> str:
-    """The text in at most so many lines of `width` letters, with an ellipsis where it was cut."""
+    """The text in at most so many lines of `width` letters, without control characters; … where it was cut."""
+    text = "".join(letter for letter in text if letter.isprintable() or letter.isspace())
     return "\n".join(textwrap.wrap(" ".join(text.split()), width, max_lines=lines, placeholder=" …"))

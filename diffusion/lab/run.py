@@ -9,6 +9,7 @@ from clip_train.settings import UserError
 from clip_train.shards import list_shards
 
 DEPTH = 3  # folders below the one given
+KINDS = ("decoder", "prior", "embeddings")  # of folders that name the CLIP they belong to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,14 @@ class Run:
     prior: Path | None
     embeddings: Path | None
     shards: str | None  # of the embeddings' pictures; without embeddings those that the CLIP was trained on
-    seen: bool  # whether the pictures are those that the CLIP or the decoder was trained on
+    pictures: str  # their folder, for people
+    seen: bool | None  # whether CLIP or decoder were trained on some of the pictures; None: nobody can tell any more
 
     @classmethod
     def find(cls, folder: Path | str, embeddings: Path | str | None = None) -> "Run":
-        """The newest decoder with its CLIP (or the newest CLIP), the newest prior of that CLIP, and the largest
-        embeddings folder whose pictures were not trained on, if there is one. embeddings: taken instead. What lies
+        """The newest decoder with its CLIP (without one: that of the newest prior or embeddings, or the newest CLIP),
+        the newest prior of that CLIP, and the largest embeddings folder whose pictures were not trained on, if there is
+        one. embeddings: taken instead. What lies
         deeper in the folder is taken only where nothing lies nearer.
 
         UserError: no such folder, or no CLIP in it.
@@ -34,7 +37,7 @@ class Run:
         folder = Path(folder)
         found = sorted(manifests(folder), key=lambda made: made.created, reverse=True)
         found.sort(key=lambda made: len(made.folder.parts))
-        users = sorted((made for made in found if "clip" in made.inputs), key=_last_wanted)
+        users = sorted((made for made in found if made.kind in KINDS and "clip" in made.inputs), key=_last_wanted)
         user = next((made for made in users if _clip_of(made, found)), None)
         trained = next((made for made in found if made.kind == "clip"), None)
         if user is None and trained is None:
@@ -44,9 +47,8 @@ class Run:
         own = [made for made in users if _fingerprint(made, "clip") == known]
         decoder, prior = (next((made for made in own if made.kind == kind), None) for kind in ("decoder", "prior"))
         makers = [decoder, *(made for made in found if made.kind == "clip" and made.fingerprint == known)]
-        used = {tar for made in makers if made for tar in _tars(made)}
         stores = [made for made in own if made.kind == "embeddings" and _tars(made)]
-        stores.sort(key=lambda made: (used.isdisjoint(_tars(made)), made.result.get("rows", 0)))
+        stores.sort(key=lambda made: (_seen(made, makers) is False, made.result.get("rows", 0)))
         if embeddings is not None:
             stores = [read_manifest(embeddings, "embeddings")]
         store = stores[-1] if stores else None
@@ -58,7 +60,8 @@ class Run:
             prior=prior.folder if prior else None,
             embeddings=store.folder if store else None,
             shards=shards or None,
-            seen=store is None or not used.isdisjoint(_tars(store)),
+            pictures=next((str(made.input_path("shards")) for made in (store, *makers) if made), ""),
+            seen=True if store is None else _seen(store, makers),
         )
 
 
@@ -83,6 +86,16 @@ def _fingerprint(made: Manifest, name: str) -> str | None:
 def _last_wanted(made: Manifest) -> tuple[bool, bool]:
     """Decoders first, those last that were distilled to few steps: they know no other noise levels."""
     return made.kind != "decoder", "teacher" in made.inputs
+
+
+def _seen(store: Manifest, makers: list[Manifest | None]) -> bool | None:
+    """Whether what was trained has seen some of the store's pictures; None where what it has seen is gone."""
+    trained = [made for made in makers if made and "shards" in made.inputs]
+    if any(_fingerprint(made, "shards") == _fingerprint(store, "shards") for made in trained):
+        return True
+    if any(not _tars(store).isdisjoint(_tars(made)) for made in trained):
+        return True
+    return False if trained and all(_tars(made) for made in trained) else None
 
 
 def _shards(made: Manifest) -> str:

@@ -1,7 +1,9 @@
 """`lab space`: the space that pictures and captions share, seen through one CLIP and a set of captioned pictures.
 
-Every band begins above what chance reaches once in a hundred rearrangements of the same data (chance.py), so that a
-CLIP that knows nothing fails, whatever the pictures.
+Bands begin above what chance reaches once in a hundred rearrangements of the same data (chance.py). What asks whether a
+picture and its caption belong together no untrained CLIP passes. Some findings are of any network and pass before
+training, too: the gap, the map (which only asks whether it shows the space), and sums of texts, since words that share
+letters share tokens; therefore these are held against the same network untrained.
 """
 
 from collections import Counter

@@ -1,12 +1,13 @@
 """The story that `lab all` tells: which experiments, in what order, about whose models; one folder, one page."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from clip_train.folder import Manifest, Workspace, write_file
+from clip_train.folder import Manifest, Workspace, partial_of, write_file
 from clip_train.pictures import PictureError
 from clip_train.settings import Progress, UserError, config_to_json
 from clip_train.shards import ShardSet
@@ -88,10 +89,12 @@ def story_of(
     ready, missing = [], {}
 
     def add(name: str, lacks: str, make: Callable[[], Part]) -> None:
-        if lacks:
-            missing[name] = lacks
-        else:
+        try:
+            if lacks:
+                raise UserError(lacks)
             ready.append(make())
+        except UserError as error:
+            missing[name] = str(error)
 
     lacks = {
         "shards": "" if run.shards else f"the pictures of {run.folder}/ are not where they were",
@@ -111,10 +114,9 @@ def story_of(
     add("unclip", lacks["decoder"] or lacks["prior"] or lacks["embeddings"],
         lambda: parts.unclip_part(run.decoder, run.prior, run.embeddings, run.clip, None, device, seed=seed,
                                   **drawn))  # fmt: skip
-    pictures = "which they were trained on" if run.seen else "which they were not trained on"
-    about = f"Made with the models in {run.folder}/"
-    return Story(parts=ready, missing=missing,
-                 about=about + (f" and the pictures of {run.shards}, {pictures}." if run.shards else "."))  # fmt: skip
+    known = {True: ", which they were trained on", False: ", which they were not trained on", None: ""}[run.seen]
+    pictures = f" and the pictures of {run.pictures}{known}" if run.shards else ""
+    return Story(parts=ready, missing=missing, about=f"Made with the models in {run.folder}/{pictures}.")
 
 
 def a_picture(shards: str, seed: int) -> Source:
@@ -122,10 +124,12 @@ def a_picture(shards: str, seed: int) -> Source:
     samples = ShardSet(shards)
     for place in np.random.default_rng(seed).permutation(len(samples)).tolist():
         try:
-            return Source.read(samples.picture(place), samples.keys[place])
+            source = Source.read(samples.picture(place), samples.keys[place])
         except (PictureError, UserError):
             continue
-    raise UserError(f"{shards} holds no picture that can be decoded")
+        if float(source.pixels(32).flatten(1).std(dim=1).max()) > 0.1:  # not one of a single colour
+            return source
+    raise UserError(f"{shards} holds no picture of more than one colour that can be decoded")
 
 
 def tell(
@@ -142,12 +146,19 @@ def tell(
                            inputs, "unclip lab all")  # fmt: skip
     if space.done:
         return space.done
+    missing = dict(story.missing)
     for number, part in enumerate(story.parts, 1):
         say(f"[{number}/{len(story.parts)}] lab {part.name}")
-        run_part(part, space.path / part.name, bars(part.name))
-    findings = {part.name: read_numbers(space.path / part.name)["findings"] for part in story.parts}
+        try:
+            run_part(part, space.path / part.name, bars(part.name))
+        except UserError as error:  # such as too few pictures; the others are not lost by it
+            say(f"lab {part.name} is left out: {error}")
+            missing[part.name] = str(error)
+            shutil.rmtree(partial_of(space.path / part.name), ignore_errors=True)
+    made = [part.name for part in story.parts if part.name not in missing]
+    findings = {name: read_numbers(space.path / name)["findings"] for name in made}
     verdicts = [one["holds"] for found in findings.values() for one in found]
     count = f"{sum(verdicts)} of {len(verdicts)} claims hold in this run; their numbers are below their pictures."
-    page = page_of(STORY, space.path, f"{story.about} {count}", story.missing)
+    page = page_of(STORY, space.path, f"{story.about} {count}", missing)
     write_file(space.path / PAGE, page.encode())
-    return space.publish({"findings": findings, "missing": dict(story.missing)})
+    return space.publish({"findings": findings, "missing": missing})

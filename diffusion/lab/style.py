@@ -4,7 +4,9 @@ The eight colours are Okabe and Ito's (2008). Text is large enough to be read at
 """
 
 import io
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +53,26 @@ COLOURS = {
 }
 MARKS = {"ddpm": "o", "ddpm without noise": "x", "ddim": "s", "heun": "^", "dpmpp_2m": "D"}
 DPI = 120
+FONTS = (  # where DejaVu Sans lacks a letter
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Emoji", "Hiragino Sans",
+    "Arial Unicode MS", "Microsoft YaHei", "Segoe UI Symbol",
+)  # fmt: skip
 
 
-def drawing() -> AbstractContextManager:
-    """The context in which figures are made and saved: the lab's text sizes and lines."""
-    from matplotlib import rc_context
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The context in which figures are made and saved: the lab's text sizes and lines, letters of many scripts.
 
-    return rc_context(STYLE)
+    What no installed font has is drawn as a box, without a warning for each letter.
+    """
+    from matplotlib import font_manager, rc_context
+
+    there = set(font_manager.fontManager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in FONTS if name in there)]
+    with rc_context(STYLE | {"font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support .* natively")
+        yield
 
 
 def panels(rows: int = 1, columns: int = 1, width: float = 4.4, height: float = 4.2, **options) -> tuple:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from clip_train import arithmetic
 from clip_train.embed import encode_texts
+from clip_train.model import Clip
 from clip_train.settings import UserError
 from diffusion.lab import analogies, analogy_figures
 from diffusion.lab.analogies import Analogy
@@ -62,21 +64,38 @@ def _all_sums(bench: Bench, known: Sequence[Analogy], words: Sequence[str], word
         "texts": texts.reshape(len(known), 2, -1),
         "pictures": np.stack([analogies.mean_rows(pairs.image, pictures) for _, pictures in shown]),
     }
-    scores, table = [], [{"sum": one.expression, "word": one.rest} for one in known]
+    before = encode_texts(_untrained(bench.clip, config.seed), [*words, *(t.text for one in known for t in one.terms)])
+    scores, table = {}, [{"sum": one.expression, "word": one.rest} for one in known]
     for kind, both in rows.items():
         nearest, rank = analogies.nearest_words(known, both, words, word_rows, subtract=True)
         alone, _ = analogies.nearest_words(known, both, words, word_rows, subtract=False)
         share, null = float((rank == 1).mean()), (nearest == shuffled).mean(axis=1)
         bench.above(f"{kind}_sums", f"of {len(known)} sums of {kind}, so many point at the missing word first of "
                     f"{len(words)}", share, null, "%")  # fmt: skip
-        scores.append((kind, share, float((alone == right).mean())))
+        scores[kind] = {"A − B": share, "A alone": float((alone == right).mean())}
         for line, place_of in zip(table, rank.tolist(), strict=True):
             line[f"rank_by_{kind}"] = place_of
+        if kind == "texts":
+            both = before[len(words) :].reshape(len(known), 2, -1)
+            _, guessed = analogies.nearest_words(known, both, words, before[: len(words)], subtract=True)
+            scores[kind]["not trained"] = float((guessed == 1).mean())
+            gains = (rank == 1).astype(float) - (guessed == 1)
+            signs = bench.rng(3).choice([-1, 1], (config.permutations, len(gains)))
+            bench.above("texts_sums_learned", "sums of texts that point at their word first, more than in the same "
+                        "network before training (words that share letters are near each other there already)",
+                        float(gains.mean()), (signs * gains).mean(axis=1), "%")  # fmt: skip
     by_chance = float(null.mean())
     bench.tables["all_sums"] = table
-    bench.tables["sums_scores"] = [
-        {"terms": kind, "first": share, "first_without_subtracting": alone} for kind, share, alone in scores
-    ]
+    bench.tables["sums_scores"] = [{"terms": kind} | dict(found) for kind, found in scores.items()]
     bench.show("all_sums.png", "All sums that the pictures' names hold, not only those shown: how often the missing "
-               "word comes first, and how often it does when nothing is taken away.",
+               "word comes first, how often it does when nothing is taken away, and how often before any training.",
                lambda path: analogy_figures.draw_scores(path, scores, by_chance, len(known)))  # fmt: skip
+
+
+def _untrained(clip: Clip, seed: int) -> Clip:
+    """The same network with the weights that a training would begin with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = Clip(clip.model_cfg, clip.preprocess_cfg)
+    made.folder = clip.folder  # of its tokenizer
+    return made.to(clip.mean.device).eval().requires_grad_(False)

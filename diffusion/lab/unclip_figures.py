@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion.generate import Generated
 from diffusion.lab.mosaic import mosaic
+from diffusion.lab.pairs import wrapped
 from diffusion.lab.style import COLOURS, panels
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def three_ways(
     """Captions across; the real picture and each way down."""
     count = len(real)
     rows = [list(real), *([one.picture for one in made[way][:count]] for way in WAYS)]
-    columns = [_lines(caption) for caption in captions[:count]]
+    columns = [wrapped(caption, 13) for caption in captions[:count]]
     return mosaic(rows, ["real", *(words for words, _ in WAYS.values())], columns, groups=[1],
                   colours=[COLOURS["data"], *(colour for _, colour in WAYS.values())],
                   title="One caption, three ways to a picture")  # fmt: skip
@@ -68,8 +69,3 @@ def strips(ways: Sequence[tuple[Sequence[Image.Image], np.ndarray]]) -> "Canvas"
     below = [["real", *(f"{a:.2f} / {b:.2f}" for a, b in cosines), "real"] for _, cosines in ways]
     return mosaic([list(pictures) for pictures, _ in ways], below=below,
                   title="From one embedding to another, one seed")  # fmt: skip
-
-
-def _lines(caption: str, wide: int = 13, most: int = 3) -> str:
-    """A caption in the width of a picture; what does not fit is left out, and that is shown."""
-    return "\n".join(textwrap.wrap(caption, wide, max_lines=most, placeholder=" …"))
