@@ -21,7 +21,7 @@ from clip_train.settings import UserError
 from clip_train.shards import list_shards, write_shards
 from diffusion.decoder import DecoderConfig
 from diffusion.lab import parts, story
-from diffusion.lab.experiment import Experiment, Figure, Finding, Part, read_numbers
+from diffusion.lab.experiment import Experiment, Figure, Finding, Part, read_numbers, run_part
 from diffusion.lab.page import page_of
 from diffusion.lab.run import Run
 from diffusion.lab.story import PAGE, STORY, Chapter, Story, story_of, tell
@@ -164,6 +164,20 @@ def test_a_killed_lab_all_goes_on_with_the_part_that_was_not_done(monkeypatch, t
     assert list(read_manifest(tmp_path / "out", "lab").result["findings"]) == names
 
 
+def test_a_part_that_the_pictures_do_not_allow_is_left_out_and_the_others_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(story, "STORY", (Chapter("Only", "one", ["small", "fine"]),))
+
+    def refused(config, folder, on_progress):
+        raise UserError("emb holds 10 pictures; 16 are the fewest to look at")
+
+    small, said = replace(quick_part("small"), make=refused), []
+    made = tell(Story(parts=[small, quick_part("fine")], missing={}, about=""), tmp_path / "out", say=said.append)
+    assert list(made.result["findings"]) == ["fine"] and "16 are the fewest" in made.result["missing"]["small"]
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert "16 are the fewest" in page and page.count("<figure>") == 1 and any("16 are" in line for line in said)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fine", PAGE, "manifest.json"}
+
+
 def test_what_people_wrote_is_text_on_the_page_and_not_markup(tmp_path):
     evil = "<script>alert(1)</script>"
     (tmp_path / "one").mkdir()
@@ -189,6 +203,9 @@ def test_a_run_is_found_by_its_manifests_and_pictures_not_trained_on_are_preferr
         assert found.embeddings == house / "deep" / "emb-held" and not found.seen
         assert [path.parent for path in list_shards(found.shards)] == [held]
         assert Run.find(house, house / "emb").seen
+        shutil.copytree(house / "shards", house / "copy")  # the same pictures from another place
+        embed(house / "copy", house / "clip", house / "deep" / "emb-copy")
+        assert Run.find(house, house / "deep" / "emb-copy").seen and Run.find(house) == found
         more = f"{house / 'shards'}::{held}"  # the largest, and some of it was trained on
         embed(more, house / "clip", house / "deep" / "emb-all")
         assert Run.find(house) == found and Run.find(house, house / "deep" / "emb-all").seen
@@ -202,7 +219,7 @@ def test_a_run_is_found_by_its_manifests_and_pictures_not_trained_on_are_preferr
         (house / "few").rename(house / "deep" / "few")
         assert Run.find(house) == found
     finally:
-        shutil.rmtree(house / "deep"), shutil.rmtree(held)
+        shutil.rmtree(house / "deep"), shutil.rmtree(held), shutil.rmtree(house / "copy", ignore_errors=True)
 
 
 def test_what_a_run_lacks_is_named_and_no_clip_is_an_error(house, tmp_path):
@@ -212,7 +229,13 @@ def test_what_a_run_lacks_is_named_and_no_clip_is_an_error(house, tmp_path):
     story = story_of(replace(found, shards=None), image=house / "fox.png", steps=1)
     assert [part.name for part in story.parts] == ["forward", "spiral", "sampling", "guidance"]
     assert "unclip train decoder" in story.missing["denoise"] and "not where they were" in story.missing["space"]
+    shutil.move(house / "shards", house / "elsewhere")
+    try:
+        assert Run.find(house, tmp_path / "emb").seen  # by fingerprint, though the shards are gone
+    finally:
+        shutil.move(house / "elsewhere", house / "shards")
     shutil.rmtree(tmp_path / "emb")
+    run_part(quick_part("spiral"), tmp_path / "lab")  # a folder of the lab's own is no model
     with pytest.raises(UserError, match="holds no CLIP"):
         Run.find(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
