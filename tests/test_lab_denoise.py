@@ -6,6 +6,7 @@ import tiny
 import tiny_drawing
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from PIL import Image
 
 from clip_train.embed import embed
@@ -16,13 +17,13 @@ from diffusion.examine import open_generator
 from diffusion.generate import Sampling
 from diffusion.lab import commands, denoise_figures
 from diffusion.lab.belief import Real, Track, among_seeds, detail, error, pictures_for, ratio, saturation
-from diffusion.lab.denoise import DenoiseConfig, denoise
+from diffusion.lab.denoise import DenoiseConfig, denoise, without_noise
 from diffusion.lab.experiment import Finding
 from diffusion.samplers import SampleNoise
 
 STD = 0.4  # of the exact decoder's pictures around their guess
 PLAIN = Sampling(guidance=1.0, clamp=0.0, steps=16)
-FEW = DenoiseConfig(count=12, levels=(0.1, 1.0, 20.0), random_steps=12, seeds=4, grid_steps=(1, 8),
+FEW = DenoiseConfig(count=12, levels=(0.1, 1.0, 20.0), random_steps=12, seeds=4, untold=6, grid_steps=(1, 8),
                     grid_guidance=(0.0, 1.0, 4.0), belief_steps=8)  # fmt: skip
 
 
@@ -132,7 +133,29 @@ def test_the_findings_of_an_exact_decoder_are_those_of_the_closed_forms(made):
     assert found["mean_is_nearer"].value == pytest.approx(2, rel=0.2)
     for name, one in found.items():
         assert one.holds == (name != "guess_is_a_ghost"), one.verdict  # an exact guess is as sharp as the pictures
-    assert found["no_noise_collapses"].value < 1
+    assert found["no_noise_collapses"].value < 1 and found["no_noise_collapses_untold"].value < 1
+
+
+def test_who_is_told_nothing_starts_around_the_guess_at_nothing_whatever_the_picture():
+    pictures = real(3)
+    starts = pictures.untold(20.0, 7)
+    assert torch.equal(starts, pictures.some([2, 0, 1]).untold(20.0, 7))
+    nothing = replace(pictures, x0=torch.zeros_like(pictures.x0))  # the exact decoder's guess at it
+    assert torch.equal(starts, nothing.noisy(20.0, 7))
+    assert not torch.equal(pictures.generator.guess(pictures.rows), nothing.x0)
+
+
+def test_the_walks_that_are_told_nothing_do_not_depend_on_the_picture(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(denoise_figures, "without_noise", lambda _, made, *__: drawn.append(made) or Figure())
+    pictures = real(6)
+    tables = [without_noise(FEW, pictures.some(order), tmp_path).tables["no noise"] for order in ([0, 1], [5, 1])]
+    for key, pair in drawn[0].items():
+        assert torch.equal(pair, drawn[1][key]) == (key[0] == "told nothing")
+    assert tables[0][0]["detail"] == pytest.approx(
+        detail(drawn[0]["told what to draw", "ddpm"]) / detail(pictures.x0[:1])
+    )
+    assert tables[0][2]["variance_among_seeds"] == tables[1][2]["variance_among_seeds"]
 
 
 def test_every_figure_is_written(made):
@@ -166,10 +189,10 @@ def test_the_pictures_come_from_embeddings_or_from_what_the_decoder_was_trained_
 
 def test_the_command_writes_a_folder_with_its_numbers(house, monkeypatch):
     monkeypatch.chdir(house)
-    monkeypatch.setattr(denoise_figures, "belief_frames", lambda *_: [Image.new("RGB", (8, 8))])  # drawn above
+    monkeypatch.setattr(denoise_figures, "belief_frames", lambda _: [Image.new("RGB", (8, 8))])  # drawn above
     few = ["--decoder", "decoder", "--count", "5", "--steps", "2", "--device", "cpu", "--out", "out"]
     answer = CliRunner().invoke(commands.lab_denoise, [*few, "--embeddings", "emb"])
     assert answer.exit_code == 0, answer.exception
-    assert "blurred guess" in answer.stderr and "levels.png" in answer.stderr
+    assert "blurred guess" in answer.output and "levels.png" in answer.output
     numbers = json.loads((house / "out" / "numbers.json").read_text())
     assert numbers["settings"]["count"] == 5 and len(numbers["figures"]) == 7

@@ -73,10 +73,7 @@ def test_red_comes_first_then_the_picture_s_most_colourful_pixels():
         assert torch.equal(picture[:, row, column], pixel)
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, monkeypatch):
-    for name in ("frames", "colours", "variances", "ratios"):
-        monkeypatch.setattr(forward_figures, name, lambda *_: [Image.new("RGB", (8, 8))])
-    monkeypatch.setattr(forward_module, "save", lambda *_: None)
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(undrawn, tmp_path):
     tiny = ForwardConfig(size=16, steps=8, arrows=2, walks=10)
     values = []
     for n, config in enumerate((tiny, tiny, ForwardConfig(size=16, steps=8, arrows=2, walks=10, seed=1))):
@@ -93,6 +90,44 @@ def test_a_picture_of_one_colour_has_nothing_to_lose(tmp_path):
         forward(SMALL, tmp_path, source=Source.read(file.getvalue(), "red.png"))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    for name in ("static", "frames", "colours", "variances", "ratios"):
+        monkeypatch.setattr(forward_figures, name, lambda *_: [Image.new("RGB", (8, 8))])
+    monkeypatch.setattr(forward_module, "save", lambda *_: None)
+
+
+@pytest.mark.parametrize("options", [{"size": 8}, {"size": 24}, {"size": 24, "steps": 8}, {"size": 16, "seed": 5}])
+def test_findings_hold_for_few_pixels_and_few_steps_too(undrawn, tmp_path, options):
+    made = forward(ForwardConfig(arrows=20, **options), tmp_path, source=Source.read(painted()))
+    assert [one.verdict for one in made.findings if not one.holds] == []
+
+
+def test_two_greys_in_few_steps_of_which_a_schedule_takes_none_in_the_middle(undrawn, tmp_path):
+    pixels = np.full((32, 32, 3), 100, np.uint8)
+    pixels[:, 16:] = 106
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    made = forward(ForwardConfig(size=32, steps=8), tmp_path, source=Source.read(file.getvalue()))
+    assert "schedules_differ" not in {one.name for one in made.findings}
+    assert [one.verdict for one in made.findings if not one.holds] == []
+
+
+def test_a_walk_that_forgets_nothing_or_adds_too_much_is_found_out(undrawn, tmp_path, monkeypatch):
+    walk = noising.random_walk
+
+    def loud(x0, sigmas, noise):
+        return walk(x0, sigmas, lambda: 1.1 * noise())
+
+    def kept(x0, sigmas, noise):
+        return (x + 0.3 * sigma * x0 for x, sigma in zip(walk(x0, sigmas, noise), sigmas, strict=True))
+
+    for wrong, names in ((loud, {"steps_add_up", "variance_at_end"}), (kept, {"picture_forgotten"})):
+        monkeypatch.setattr(noising, "random_walk", wrong)
+        found = forward(ForwardConfig(size=48, steps=40, walks=100), tmp_path, source=Source.read(painted())).findings
+        assert {one.name for one in found if not one.holds} >= names
+
+
 @pytest.mark.parametrize("wrong", [{"size": 4}, {"schedule": "none"}, {"sigma_max": 0.001}, {"walks": 1}])
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(UserError):
@@ -107,7 +142,7 @@ def test_the_command_writes_a_folder_with_its_numbers(tmp_path, monkeypatch):
     few = ["--size", "16", "--steps", "8", "--out", "out"]
     answer = CliRunner().invoke(commands.lab_forward, ["$a_$.png", *few])
     assert answer.exit_code == 0, answer.exception
-    assert "variance 1" in answer.stderr and "static.png" in answer.stderr
+    assert "variance 1" in answer.output and "static.png" in answer.output
     numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
     assert numbers["settings"]["size"] == 16 and numbers["findings"]
     (tmp_path / "$a_$.png").write_bytes(painted()[:-4] + b"xxxx")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clip_train.settings import UserError
+from diffusion.lab import plane
 from diffusion.lab.plane import (
     PlaneConfig,
     PlaneNetwork,
@@ -15,9 +16,11 @@ from diffusion.lab.plane import (
     one_step_target,
     point_batches,
     scores,
+    scratch_of,
     train_plane,
 )
 from diffusion.lab.spiral import NOTHING, Spiral
+from diffusion.lab.walks import walk
 
 SPIRAL = Spiral.of(120)
 SMALL = PlaneConfig(width=16, depth=2, steps=30, batch_size=32)
@@ -106,6 +109,47 @@ def test_the_same_seed_trains_the_same_network_and_another_another():
     one, two, other = (train_plane(replace(SMALL, seed=seed), SPIRAL) for seed in (0, 0, 1))
     assert torch.equal(one(x, sigma), two(x, sigma)) and not torch.equal(one(x, sigma), other(x, sigma))
     assert one.loss == two.loss
+
+
+def test_a_network_that_was_killed_in_training_goes_on_in_its_experiments_folder(tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def hear(at, total, **_):
+        heard.append(at)
+        if len(heard) == 2:
+            raise Killed
+
+    x, sigma, heard = normal(4, 2), torch.full((4,), 0.3), []
+    config = replace(SMALL, steps=110)
+    whole = train_plane(config, SPIRAL)
+    fit, often = plane.fit, {"save_every": 0.0}
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            plane, "fit", lambda *args, **more: fit(*args[:3], replace(args[3], **often), *args[4:], **more)
+        )
+        with pytest.raises(Killed):
+            train_plane(config, SPIRAL, hear, folder=tmp_path)
+    resumed = train_plane(config, SPIRAL, hear, folder=tmp_path)
+    assert (
+        heard == [50, 100, 100, 110] and torch.equal(resumed(x, sigma), whole(x, sigma)) and resumed.loss == whole.loss
+    )
+    assert torch.equal(train_plane(config, SPIRAL, hear, folder=tmp_path)(x, sigma), whole(x, sigma))
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
+
+
+def test_networks_of_other_settings_and_other_points_are_trained_elsewhere(tmp_path):
+    places = {scratch_of(tmp_path, config, spiral) for config in (SMALL, replace(SMALL, target="step"))
+              for spiral in (SPIRAL, Spiral.of(120, seed=1), Spiral.of(120, spread=0.03))}  # fmt: skip
+    assert len(places) == 6 and {place.parent for place in places} == {tmp_path / "scratch"}
+
+
+def test_the_largest_seed_trains_and_walks():
+    config = replace(SMALL, seed=2**63 - 1, steps=2)
+    spiral = Spiral.of(120, seed=2**64 + 1)
+    assert not torch.equal(next(point_batches(spiral, config)(0))["x0"], next(point_batches(spiral, config)(1))["x0"])
+    network = train_plane(config, spiral)
+    assert walk("ddim", network, config.grid(2), 5, 4 * config.seed + 2).end.isfinite().all()
 
 
 def test_who_says_nothing_loses_the_whole_variance_of_either_unit_noise():

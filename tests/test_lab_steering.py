@@ -16,10 +16,12 @@ from diffusion.lab.steering import (
     CAT,
     SteeringConfig,
     class_scores,
+    class_shares,
     draw,
+    findings,
     mean_over_classes,
     oversaturated,
-    shares,
+    right_share,
     steering,
 )
 
@@ -61,7 +63,7 @@ def test_not_cat_draws_hardly_any_cats_and_fewer_the_stronger(done):
 
 def test_figures_are_there_and_are_pictures(done):
     experiment, folder, _ = done
-    assert {one.file for one in experiment.figures} == {path.name for path in folder.iterdir()}
+    assert {one.file for one in experiment.figures} == {path.name for path in folder.iterdir()} - {"scratch"}
     for one in experiment.figures:
         with Image.open(folder / one.file) as picture:
             assert min(picture.size) > 400 and one.caption.endswith(".")
@@ -81,8 +83,8 @@ def test_as_trained_the_exact_denoiser_is_as_often_right_as_the_labels_and_guide
 
 
 def test_guidance_with_its_two_conditions_exchanged_drives_points_out_of_the_class():
-    assert shares(drawn(CAT, NOTHING, 3.0))["cat"] > 0.95
-    assert shares(drawn(NOTHING, CAT, 3.0))["cat"] < 0.05
+    assert class_shares(drawn(CAT, NOTHING, 3.0))["cat"] > 0.95
+    assert class_shares(drawn(NOTHING, CAT, 3.0))["cat"] < 0.05
 
 
 def test_a_point_counts_where_it_is_on_the_curve_and_in_the_part_of_its_class():
@@ -95,7 +97,7 @@ def test_a_point_counts_where_it_is_on_the_curve_and_in_the_part_of_its_class():
     assert class_scores(spiral, points, 1)["precision"] == pytest.approx(0.2)
     last = class_scores(spiral, points, 2)  # what is nearest to it, but off the curve, does not count
     assert last["precision"] == pytest.approx(0.2) and last["coverage"] == pytest.approx(1 / 16)
-    assert shares(on) == {"person": 0.5, "dog": 0.25, "cat": 0.25}
+    assert class_shares(on) == {"person": 0.5, "dog": 0.25, "cat": 0.25}
 
 
 def test_over_saturation_begins_at_the_lowest_scale_above_1_that_throws_points_off():
@@ -104,6 +106,30 @@ def test_over_saturation_begins_at_the_lowest_scale_above_1_that_throws_points_o
             for name in ("person", "dog", "cat")]  # fmt: skip
     assert oversaturated(rows) == 5.0 and oversaturated(rows, 0.9) is None
     assert mean_over_classes(rows, 5.0, "outside") == pytest.approx(0.15)
+
+
+def test_the_odds_of_the_labels_say_how_often_points_are_right():
+    assert [right_share(1.0, wrong) for wrong in (0.0, 0.2, 1.0)] == pytest.approx([1, 1 - 0.2 * 2 / 3, 1 / 3])
+    assert right_share(0.0, 0.2) == pytest.approx(1 / 3)
+    assert right_share(3.0, 0.5) == pytest.approx(4**3 / (4**3 + 2))  # of one class 4 times as many as of another
+    assert right_share(-2.0, 0.5) == pytest.approx(1 / (1 + 2 * 4**2)) and right_share(-2.0, 0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "gain"), [(0.0, (0.98, 0.985), False), (0.2, (0.82, 0.98), True), (0.5, (0.62, 0.93), True)]
+)
+def test_bands_follow_the_share_of_wrong_labels_and_no_gain_is_claimed_where_none_is_wrong(wrong, right, gain):
+    def of(wrong, right):
+        rows = [{"scale": scale, "precision": one, "coverage": 0.5, "outside": 0.2}
+                for scale, one in zip((0.0, 1.0, 3.0), (1 / 3, *right), strict=True)]  # fmt: skip
+        said = findings(rows, {"cat": 1 / 3}, [{"scale": 3.0, "cat": 0.0}], wrong)
+        return {one.name: one for one in said if one.name.startswith(("precision", "cats_not"))}
+
+    found = of(wrong, right)
+    assert all(one.holds for one in found.values()) and ("precision_gain" in found) == gain
+    assert not of(wrong, (0.4, 0.4))["precision_1"].holds and not of(wrong, (0.4, 0.4))["precision_3"].holds
+    assert not gain or not of(wrong, (right[0], right[0]))["precision_gain"].holds
+    assert set(of(1.0, (0.3, 0.3))) == {"precision_0", "precision_1", "precision_3"}  # labels that say nothing
 
 
 def test_a_network_without_labels_and_scales_without_1_and_3_are_refused():

@@ -1,7 +1,7 @@
 """Where a walk is and what the denoiser believes there, step by step; and how much detail pictures hold."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from clip_train.folder import read_manifest
 from clip_train.pictures import PictureError, decode_picture
 from clip_train.settings import UserError
 from clip_train.shards import ShardSet
+from diffusion.decoder import null_cond, picture_cond
 from diffusion.examine import open_held
 from diffusion.generate import Generator, Sampling
 from diffusion.guidance import blurred
@@ -62,6 +63,13 @@ class Real:
         """x0 + sigma noise, the same noise at every sigma."""
         noise = SampleNoise(range(seed, seed + len(self)), self.x0.shape[1:], stream=NOISE)()
         return self.x0 + sigma * noise
+
+    def untold(self, sigma: float, seed: int = 0) -> Tensor:
+        """Where a walk begins that is told nothing: noise around the picture that the decoder guesses at, unasked."""
+        with torch.no_grad():
+            nothing = null_cond(picture_cond(self.rows.to(self.generator.device)))
+            around = self.generator.decoder.network.guess(nothing).float().cpu()
+        return replace(self, x0=around).noisy(sigma, seed)
 
     def believed(self, x: Tensor, sigma: float, how: Sampling) -> Tensor:
         """What the denoiser makes of x at sigma, in one step: the mean of all pictures that x can come from."""

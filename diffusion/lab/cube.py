@@ -17,7 +17,7 @@ PATHS = (RED, BLUE, GREEN)  # of the three pixels
 REACH = 238.0  # levels from grey that are drawn at least; the faces of the cube are 127.5 from it
 HEAD = 26.0  # length of an arrow's head, in levels
 PURE_RED = (255, 0, 0)
-EDGES = {  # of the cube that are named: what grows along it, and where the name stands
+NAMED = {  # edges: what grows along each, and where its name stands
     "red": (127.5, -85.0, -50.0),
     "green": (-85.0, 127.5, -45.0),
     "blue": (-15.0, 325.0, 127.5),
@@ -68,7 +68,7 @@ def draw_cube(axes: "Axes", title: str = "", reach: float = REACH, turn: float =
     axes.scatter(127.5, 127.5, 127.5, color=GREY, marker="X", s=130, edgecolors=BLACK, zorder=5)
     for name in "xyz":
         getattr(axes, f"set_{name}lim")(127.5 - reach, 127.5 + reach)
-    for name, place in EDGES.items():
+    for name, place in NAMED.items():
         axes.text(*place, f"{name}\n0 to 255", fontsize=10, ha="center", va="center")
     axes.set_axis_off()
     axes.view_init(elev=18, azim=turn)

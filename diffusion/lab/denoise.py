@@ -31,16 +31,19 @@ class DenoiseConfig:
     sampler: str = "dpmpp_2m_sde"  # of the walks: as random as the truth is
     random_steps: int = 24  # of ddpm, with its noise and without
     seeds: int = 5  # walks of one picture there
+    untold: int = 16  # walks that are told nothing: more, as they end farther apart
     grid_steps: tuple[int, ...] = (1, 3, 5, 8, 16)
     grid_guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
     belief_steps: int = 17  # of the walk that is shown step by step
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.count < 5 or self.seeds < 2 or min(self.steps, self.random_steps) < 2 or self.belief_steps < 8:
+        if self.count < 5 or min(self.seeds, self.steps, self.random_steps) < 2 or self.belief_steps < 8:
             raise UserError(f"count {self.count} must be at least 5, seeds {self.seeds}, steps {self.steps} and "
                             f"random_steps {self.random_steps} at least 2, belief_steps {self.belief_steps} at "
                             f"least 8")  # fmt: skip
+        if self.untold < self.seeds:
+            raise UserError(f"untold {self.untold} must be at least seeds, {self.seeds}: as many are shown")
         if len(self.levels) < 2 or list(self.levels) != sorted(set(self.levels)) or self.levels[0] <= 0.01:
             raise UserError("levels: two or more rising sigmas above 0.01")
         if 1.0 not in self.grid_guidance or len(self.grid_steps) < 2:
@@ -78,7 +81,7 @@ def by_level(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
         table.append({"sigma": sigma, **errors, **details})
         shown.append((sigma, x, once, walked))
     with drawing():
-        save(figures.by_level(real, shown), folder / "levels.png")
+        save(figures.by_level(real, shown, table[-1]), folder / "levels.png")
         save(figures.detail_and_error(table), folder / "blur.png")
     first, last = table[0], table[-1]
     ratios = [ratio(row["walk_error"], row["one_step_error"]) for row in table]
@@ -87,9 +90,9 @@ def by_level(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
         figures=[
             Figure(file="levels.png", caption="Real pictures under more and more noise (top rows), what the decoder "
                    "believes of them in one step (middle), and where the full walk from the same noise ends (bottom). "
-                   "One step gives the blurred mean of all pictures it could have been; the walk decides for one."),
+                   "One step aims at the mean of all pictures it could have been, the walk at one of them."),
             Figure(file="blur.png", caption="Left: fine detail, the real pictures' being 1. Right: squared distance to "
-                   "the real picture. The blurred guess is the nearer one, and yet no picture."),
+                   "the real picture. For an exact model the walk's is twice that of the one step."),
         ],
         findings=[
             Finding(name="one_step_is_blurred", says="one step from almost pure noise keeps of real pictures' detail",
@@ -108,29 +111,31 @@ def by_level(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
 
 def without_noise(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
     """DDPM with its noise and without: one picture told, and nothing told."""
-    one, made = real.some([0]).repeated(config.seeds), {}
-    for told, guidance in (("told what to draw", 1.0), ("told nothing", 0.0)):
-        for sampler in ("ddpm", "ddpm_mean"):
-            how = replace(_how(config, real.generator), sampler=sampler, steps=config.random_steps, eta=None,
-                          guidance=guidance)  # fmt: skip
-            made[told, sampler] = one.walked(config.seed, how)
-    own = detail(real.x0)
-    table = [{"told": told, "sampler": sampler, "variance_among_seeds": among_seeds(pictures, config.seeds),
+    one, made = real.some([0]), {}
+    how = replace(_how(config, real.generator), steps=config.random_steps, eta=None)
+    told, blind, top = one.repeated(config.seeds), one.repeated(config.untold), how.sigma_max
+    for sampler in ("ddpm", "ddpm_mean"):
+        made["told what to draw", sampler] = told.walked(config.seed, replace(how, sampler=sampler))
+    for sampler in ("ddpm", "ddpm_mean"):
+        free = replace(how, sampler=sampler, guidance=0.0)
+        made["told nothing", sampler] = blind.walked(config.seed, free, blind.untold(top, config.seed), top)
+    own = detail(one.x0)
+    table = [{"told": told, "sampler": sampler, "variance_among_seeds": among_seeds(pictures, len(pictures)),
               "detail": ratio(detail(pictures), own)} for (told, sampler), pictures in made.items()]  # fmt: skip
+    kept, untold = (ratio(table[row + 1]["variance_among_seeds"], table[row]["variance_among_seeds"]) for row in (0, 2))
     with drawing():
-        save(figures.without_noise(real, made), folder / "no-noise.png")
-    kept = ratio(table[1]["variance_among_seeds"], table[0]["variance_among_seeds"])
-    untold = ratio(table[3]["variance_among_seeds"], among_seeds(real.x0, len(real)))
+        shown = {name: pictures[: config.seeds] for name, pictures in made.items()}
+        save(figures.without_noise(real, shown, kept, untold), folder / "no-noise.png")
     return Experiment(
         title="the walk without its noise",
         figures=[Figure(file="no-noise.png", caption="The same walks from the same starts, with the noise that DDPM "
-                        "adds after each step and without it. Without it the starts fall together, near the mean of "
-                        "all that they could have become.")],
+                        "adds after each step and without it. Look at how far the pictures of different starts are "
+                        "apart, and how sharp they are.")],
         findings=[
             Finding(name="no_noise_collapses", says="without the added noise, told what to draw: variance among starts "
                     "kept", value=100 * kept, high=50.0, unit="%"),
             Finding(name="no_noise_collapses_untold", says="without the added noise, told nothing: variance among "
-                    "starts, of that among real pictures", value=100 * untold, high=60.0, unit="%"),
+                    "starts kept", value=100 * untold, high=50.0, unit="%"),
             Finding(name="no_noise_blurs", says="without the added noise, told nothing: detail, over that with noise",
                     value=ratio(table[3]["detail"], table[2]["detail"]), high=0.7, unit="x"),
         ],
@@ -155,22 +160,23 @@ def by_settings(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
               "saturation": saturation(_tensor(picture))}
              for steps, row in zip(config.grid_steps, rows, strict=True)
              for guidance, picture in zip(config.grid_guidance, row, strict=True)]  # fmt: skip
-    with drawing():
-        save(figures.by_settings(one, rows, config.grid_steps, config.grid_guidance), folder / "grid.png")
     some, steps, strong = real.some(slice(0, ENDS)), config.grid_steps, config.grid_guidance[-1]
     corners = (steps[0], 1.0), (steps[-1], 1.0), (steps[-1], strong)
     few, most, insisting = (some.walked(config.seed, replace(how, steps=count, guidance=guidance)).clamp(-1, 1)
                             for count, guidance in corners)  # fmt: skip
+    sharper, brighter = ratio(detail(most), detail(few)), ratio(saturation(insisting), saturation(most))
+    with drawing():
+        save(figures.by_settings(one, rows, steps, config.grid_guidance, sharper, brighter), folder / "grid.png")
     findings = [
         Finding(name="steps_sharpen", says=f"{len(some)} pictures' detail after {steps[-1]} steps over that after "
-                f"{steps[0]}, at guidance 1", value=ratio(detail(most), detail(few)), low=1.2, unit="x"),
+                f"{steps[0]}, at guidance 1", value=sharper, low=1.2, unit="x"),
         Finding(name="guidance_saturates", says=f"{len(some)} pictures' colour spread at guidance {strong:g} over that "
-                "at 1", value=ratio(saturation(insisting), saturation(most)), low=1.03, unit="x"),
+                "at 1", value=brighter, low=1.03, unit="x"),
     ]  # fmt: skip
     return Experiment(
         title="steps and guidance",
-        figures=[Figure(file="grid.png", caption="One embedding, one seed. More steps: sharper. More guidance: clearer "
-                        "and more colourful, then burnt out.")],
+        figures=[Figure(file="grid.png", caption="One embedding, one seed. Look down for how sharp the picture is, and "
+                        "across for how clear and how colourful.")],
         findings=findings,
         tables={"grid": table},
     )  # fmt: skip
@@ -185,14 +191,14 @@ def believing(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
     settled = next((sigma for sigma, left in zip(track.sigmas, away, strict=True) if left <= 0.5), float("nan"))
     with drawing():
         save(figures.beliefs(track, 0), folder / "belief.png")
-        frames = figures.belief_frames(track, few.captions)
+        frames = figures.belief_frames(track)
     save_animation([*frames, *frames[-1:] * 8], folder / "belief.gif", seconds=0.3)
     table = [{"sigma": sigma, "unsettled": left} for sigma, left in zip(track.sigmas, away, strict=True)]
     return Experiment(
         title="what the model believes",
         figures=[
             Figure(file="belief.png", caption="A walk from noise to a picture. Above: where it is. Below: what the "
-                   "decoder believes it will be, already at the first step: first a blurred mean, then a decision."),
+                   "decoder believes it will be, from the first step on. Look at when it settles."),
             Figure(file="belief.gif", caption="The same for three pictures, step by step."),
         ],
         findings=[
@@ -215,22 +221,20 @@ def from_nothing(config: DenoiseConfig, real: Real, folder: Path) -> Experiment:
     with drawing():
         save(figures.from_nothing(few, track, guess[: len(few)], end), folder / "zero-steps.png")
     mean = real.x0.mean(0, keepdim=True).expand_as(real.x0)
-    noise = error(track.x[0], few.x0)
     return Experiment(
         title="zero steps",
-        figures=[Figure(file="zero-steps.png", caption="Without a step there is noise. The decoder's linear guess, "
-                        "which knows the embedding and no noise, is a ghost; one step is a blurred picture; the walk "
-                        "a sharp one.")],
+        figures=[Figure(file="zero-steps.png", caption="Without a step there is noise. Below it the decoder's "
+                        "linear guess, which knows the embedding and no noise, its answer after one step, and where "
+                        "the walk ends.")],
         findings=[
-            Finding(name="zero_steps_are_noise", says="squared error of the walk's start over that of its end",
-                    value=ratio(noise, error(end, few.x0)), low=100.0, unit="x"),
             Finding(name="guess_knows_something", says="squared error of the linear guess over that of the pictures' "
                     "own mean", value=ratio(error(guess, real.x0), error(mean, real.x0)), high=0.9, unit="x"),
             Finding(name="guess_is_a_ghost", says="detail of the linear guess, of real pictures'",
                     value=ratio(detail(guess), detail(real.x0)), high=0.3, unit="x"),
         ],
-        tables={"zero steps": [{"linear_guess_error": error(guess, real.x0), "mean_error": error(mean, real.x0),
-                                "one_step_error": error(track.believed[0], few.x0), "walk_error": error(end, few.x0)}]},
+        tables={"zero steps": [{"start_error": error(track.x[0], few.x0), "linear_guess_error": error(guess, real.x0),
+                                "mean_error": error(mean, real.x0), "one_step_error": error(track.believed[0], few.x0),
+                                "walk_error": error(end, few.x0)}]},
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from clip_train.settings import Progress
 from diffusion.animation import save_animation
 from diffusion.lab.experiment import Figure
+from diffusion.lab.noising import random_walk
 from diffusion.lab.plane import PlaneConfig, Trained
 from diffusion.lab.plane_figures import FAINT, draw_cloud, draw_curve, draw_field, draw_paths, headline, level_axis
-from diffusion.lab.spiral import Spiral
+from diffusion.lab.spiral import Spiral, seeded
 from diffusion.lab.style import COLOURS, drawing, frame, outer_labels, panels, plane, save
 from diffusion.lab.walks import at_level, walk
 from diffusion.samplers import Denoise
@@ -24,20 +25,18 @@ LEVELS = (2.0, 0.5, 0.2, 0.05)  # noise levels at which the field is drawn
 
 def figure_of_forward(folder: Path, spiral: Spiral, config: PlaneConfig, seed: int, count: int = 700) -> Figure:
     """The random walk from the data to noise, with the way of three points."""
-    rng = torch.Generator().manual_seed(seed + 4)
+    rng = seeded(seed + 4)
     x0, _ = spiral.draw(count, rng)
-    sigmas = config.walk
-    steps = torch.randn(len(sigmas), count, 2, generator=rng)
-    added = torch.diff(sigmas**2, prepend=sigmas.new_zeros(1)).sqrt()  # std of each step
-    way = torch.cat([x0[None], x0 + (added[:, None, None] * steps).cumsum(0)])
+    sigmas = torch.cat([config.walk.new_zeros(1), config.walk])
+    way = torch.stack(list(random_walk(x0, sigmas, lambda: torch.randn(x0.shape, generator=rng))))
     shown = (sigmas <= 1).sum()
-    staying = (way[: shown + 1].abs().amax((0, 2)) < 2.1).nonzero()[:, 0]  # within the picture all the time
+    staying = (way[:shown].abs().amax((0, 2)) < 2.1).nonzero()[:, 0]  # within the picture all the time
     followed = [staying[_nearest_to(x0[staying], place)] for place in ((-0.05, 0.55), (0.45, -0.65), (-0.65, 0.0))]
     with drawing():
         figure, axes = panels(1, 4, width=3.5, height=4.3)
         headline(figure, "A random walk carries every point away, until nothing of the spiral is left")
         for one, sigma in zip(axes[0], (0.0, 0.1, 0.3, 1.0), strict=True):
-            upto = int((sigmas <= sigma).sum())
+            upto = int((sigmas <= sigma).sum()) - 1
             plane(one, "data" if not sigma else f"σ = {sigma:g}", reach=2.2)
             draw_cloud(one, way[upto], COLOURS["data" if not sigma else "noise"], alpha=0.7)
             draw_paths(one, way[: upto + 1, followed], "black", width=1.0)
@@ -55,11 +54,11 @@ def figure_of_targets(
     folder: Path, spiral: Spiral, config: PlaneConfig, seed: int, sigma: float = 0.3, count: int = 60
 ) -> Figure:
     """At one noisy point: what the total noise, and what the last step, of walks that lead there say of the origin."""
-    rng = torch.Generator().manual_seed(seed + 5)
+    rng = seeded(seed + 5)
     x = torch.tensor([0.1, 0.62])
     spread = spiral.spread**2 + sigma**2
-    shares = (-(x - spiral.points).square().sum(1) / (2 * spread)).softmax(0)
-    row = torch.multinomial(shares, count, replacement=True, generator=rng)
+    likely = (-(x - spiral.points).square().sum(1) / (2 * spread)).softmax(0)
+    row = torch.multinomial(likely, count, replacement=True, generator=rng)
     kept = spiral.spread**2 / spread
     x0 = spiral.points[row] + kept * (x - spiral.points[row])
     x0 = x0 + (kept * sigma**2) ** 0.5 * torch.randn(count, 2, generator=rng)
@@ -98,7 +97,10 @@ def figure_of_losses(folder: Path, levels: list[float], losses: list[dict[str, A
     }
     with drawing():
         figure, axes = panels(1, 2, width=5.4, height=4.7)
-        headline(figure, "One step's noise is nearly all chance; the total noise can be learned")
+        left_over = (100 * sum(row[f"{key}_loss"] for row in losses) / len(losses) for key in ("step", "total"))
+        headline(
+            figure, "Left unexplained: {:.3g} % of one step's noise, {:.3g} % of the total noise".format(*left_over)
+        )
         left, one = axes[0]
         for name, values in variance.items():
             left.plot(levels, values, color=COLOUR[name], marker="o", markersize=7)
@@ -126,9 +128,9 @@ def figure_of_losses(folder: Path, levels: list[float], losses: list[dict[str, A
     return Figure(
         file="loss.png",
         caption="Both targets lead to the same mean. Left: around it the noise of a single step varies many times more "
-        "than the total noise. Right: so nearly all of one step is unknowable from where one is, and its loss stays "
-        "close to 1; of the total noise more and more can be known as it grows. Dots: the losses that the two networks "
-        "reached; lines: the floor, from the exact score.",
+        "than the total noise. Right: so nearly all of one step is unknowable from where one is, its floor is close to "
+        "1; of the total noise more and more can be known as it grows. Lines: the floor, from the exact score; "
+        "dots: the losses that the two networks reached.",
     )
 
 
@@ -138,7 +140,7 @@ def figure_of_samples(folder: Path, drawn: dict[str, Tensor], quality: dict[str,
              BLIND: "total noise, not told its level"}  # fmt: skip
     with drawing():
         figure, axes = panels(1, len(drawn), width=3.5, height=4.3)
-        headline(figure, "The spiral is learned from the total noise, with its level told")
+        headline(figure, "The spiral, and what three networks draw that were trained in three ways")
         for one, (name, points) in zip(axes[0], drawn.items(), strict=True):
             plane(one, f"{heads[name]}\n{quality[name]['distance']:.3f} from the spiral", reach=1.3)
             draw_cloud(one, points, COLOUR[name])
@@ -146,16 +148,17 @@ def figure_of_samples(folder: Path, drawn: dict[str, Tensor], quality: dict[str,
         save(figure, folder / "samples.png")
     return Figure(
         file="samples.png",
-        caption="Points that each network draws (ddpm), alike in size, training and seed. Only the one that learned "
-        "the total noise and is told how much there is draws the spiral. Numbers: mean distance to the curve.",
+        caption="Points that each network draws (ddpm), alike in size, training and seed: compare them with the data. "
+        "They differ in whether they learned the total noise, and in whether they are told how much there is. Numbers: "
+        "mean distance to the curve.",
     )
 
 
-def figure_of_fields(folder: Path, spiral: Spiral, learned: Denoise) -> Figure:
-    """The learned field above the exact one."""
+def figure_of_fields(folder: Path, spiral: Spiral, learned: Denoise, worst: float) -> Figure:
+    """The learned field above the exact one. worst: its greatest relative error."""
     with drawing():
         figure, axes = panels(2, len(LEVELS), width=3.4, height=3.85)
-        headline(figure, "The arrows of the network (above) are those of the exact score (below)")
+        headline(figure, f"Learned arrows (above) and the exact score (below): worst error {100 * worst:.0f} %")
         _draw_row(axes[0], "learned", learned, COLOURS["model"])
         _draw_row(axes[1], "exact", spiral.denoise, COLOURS["exact"])
         outer_labels(axes)
@@ -168,11 +171,11 @@ def figure_of_fields(folder: Path, spiral: Spiral, learned: Denoise) -> Figure:
     )
 
 
-def figure_of_blind_field(folder: Path, blind: Denoise) -> Figure:
-    """The field of the network that is not told the noise level."""
+def figure_of_blind_field(folder: Path, blind: Denoise, worst: float) -> Figure:
+    """The field of the network that is not told the noise level. worst: its greatest relative error."""
     with drawing():
         figure, axes = panels(1, len(LEVELS), width=3.4, height=4.3)
-        headline(figure, "Not told the noise level, the network points to the middle and misses the turns")
+        headline(figure, f"Arrows of a network that is not told the noise level: worst error {100 * worst:.0f} %")
         _draw_row(axes[0], "not told", blind, COLOURS["no noise level"])
         outer_labels(axes)
         save(figure, folder / "blind.png")
@@ -187,7 +190,8 @@ def figure_of_errors(folder: Path, levels: list[float], errors: dict[str, list[f
     """Relative error of each network's field against the noise level."""
     with drawing():
         figure, axes = panels(1, 1, width=7.2, height=4.9)
-        headline(figure, "The exact field is learned from the total noise, with its level told")
+        worst = (f"{name} {100 * max(errors[name]):.0f} %" for name in (TOTAL, STEP))
+        headline(figure, f"Worst error of the field: {', '.join(worst)}")
         one = axes[0, 0]
         for name, mark in ((STEP, "s"), (BLIND, "^"), (TOTAL, "o")):
             one.plot(levels, [100 * error for error in errors[name]], color=COLOUR[name], marker=mark, label=name)
@@ -200,8 +204,8 @@ def figure_of_errors(folder: Path, levels: list[float], errors: dict[str, list[f
         save(figure, folder / "error.png")
     return Figure(
         file="error.png",
-        caption="How far each learned field is from the exact score, as a share of its length: least at every noise "
-        "level for the network that learned the total noise and knows the level.",
+        caption="How far each learned field is from the exact score, as a share of its length, at every noise level. "
+        "At 100 % (dashed) no arrow at all would be as good.",
     )
 
 
@@ -214,7 +218,7 @@ def field_animation(folder: Path, denoise: Trained, frames: int, seed: int, on_p
             last = step == len(path) - 1
             sigma = float(way.sigmas[min(step, way.calls - 1)])
             figure, axes = panels(1, 1, width=4.8, height=5.2)
-            headline(figure, "The arrows lead noise to the data")
+            headline(figure, "Noise on its way along the arrows")
             plane(axes[0, 0], f"σ = {0 if last else sigma:.2g}", reach=1.5)
             draw_field(axes[0, 0], denoise, sigma, FAINT, cells=13, reach=1.4, vp=True)
             draw_cloud(axes[0, 0], points, COLOURS["model"], size=11, alpha=0.9, zorder=5)
@@ -224,8 +228,8 @@ def field_animation(folder: Path, denoise: Trained, frames: int, seed: int, on_p
         save_animation([*pictures, *[pictures[-1]] * 10], folder / "field.gif", seconds=0.15)
     return Figure(
         file="field.gif",
-        caption="The field changes as the noise level σ falls (grey), and carries noise to the spiral (red). The plane "
-        "is shrunk to the size of the data at every level.",
+        caption="The field changes as the noise level σ falls (grey), and points that began as noise follow it (red). "
+        "The plane is shrunk to the size of the data at every level.",
     )
 
 

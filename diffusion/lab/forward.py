@@ -85,13 +85,13 @@ def forward(config: ForwardConfig, folder: Path, on_progress: Progress | None = 
                    "same end. Right: the share of the steps, and of training, that each schedule spends in each "
                    "band of it."),
             Figure(file="variance.png", caption="Left: the noise that each step adds. Right: the variance of the "
-                   "pixels goes from the picture's own to 1; dots are measured, lines the closed form."),
-            Figure(file="colours.png", caption="Three pixels on their way, an arrow a step. Each single one gets "
-                   "lost, many of them together go straight to grey."),
+                   "pixels, from the picture's own towards 1; dots are measured, lines the closed form."),
+            Figure(file="colours.png", caption="Three pixels on their way, an arrow a step: each takes another. Below "
+                   "at the right, where many walks from pure red end, and the way of their mean."),
             Figure(file="walk.gif", caption="The same three pixels beside the picture that goes with them; "
                    "circles show where two of them are."),
         ],
-        findings=_findings(ways, red, divided, std),
+        findings=_findings(config, ways, red, divided, std),
         tables={
             "schedules": [_row(name, part) for name, part in (divided | trained).items()],
             "levels": [
@@ -99,6 +99,9 @@ def forward(config: ForwardConfig, folder: Path, on_progress: Progress | None = 
                  "variance": float(way.preserved[step])}
                 for name, way in ways.items() for step in parts_of(config.steps)
             ],
+            "end": [{"schedule": name, "correlation": _correlation(way),
+                     "signal_share": _signal(std, config.sigma_max) ** 2}
+                    for name, way in ways.items()],
             "red pixel": [{"step": step, **dict(zip(("red", "green", "blue"), row, strict=True))}
                           for step, row in enumerate(cube.levels(red.mean(1)).tolist())],
         },
@@ -112,31 +115,52 @@ def preserving_walk(x0: Tensor, sigmas: Tensor, seed: int) -> Tensor:
     return torch.stack([noising.preserved(x, sigma) for x, sigma in zip(steps, sigmas, strict=True)])
 
 
-def _findings(ways: dict[str, Way], red: Tensor, divided: dict[str, list[float]], std: float) -> list[Finding]:
+def _findings(
+    config: ForwardConfig, ways: dict[str, Way], red: Tensor, divided: dict[str, list[float]], std: float
+) -> list[Finding]:
+    """Bands are five sampling errors wide: of a variance of n values (2 / n)^0.5, of a correlation n^-0.5."""
+    count = 3 * config.size**2
+    of_variance, of_correlation = 5 * (2 / count) ** 0.5, 5 * count**-0.5
     off = max(float(np.abs(way.noise[1:] / way.sigmas[1:].double().numpy() ** 2 - 1).max()) for way in ways.values())
     ends = cube.levels(red[-1])
     middle = {name: part[1] + part[2] for name, part in divided.items()}
     least, most = (float(ways["log"].sigmas[step]) for step in (1, -1))
-    log = math.log(EDGES[0] / EDGES[-1]) / (2 * math.log(most / least))
+    between = min(most, std / EDGES[-1] ** 0.5), max(least, std / EDGES[0] ** 0.5)
+    log = math.log(between[0] / between[1]) / math.log(most / least)
+    margin = 2 / (config.steps * log) if log > 0 else math.nan  # a step more or less in each of the two bands
     return [
         Finding(name="steps_add_up", says="the steps' noise adds up to that of one jump to sigma, at worst off by",
-                value=100 * off, high=6.0, unit="% of the variance"),
+                value=100 * off, high=100 * of_variance, unit="% of the variance"),
         Finding(name="red_ends_grey", says="the mean of many walks of a pure red pixel ends at grey, away from it by",
                 value=float(np.linalg.norm(ends.mean(0) - 127.5)), high=10.0, unit="of 255 levels"),
         Finding(name="red_forgets", says="a red pixel's last red value tells no more of it than of any other: spread "
                 "over distance from grey", value=float(ends[:, 0].std() / abs(ends[:, 0].mean() - 127.5)), low=15.0,
                 unit="x"),
         Finding(name="variance_at_end", says="the variance-preserving process ends at variance 1",
-                value=float(np.mean([way.preserved[-1] for way in ways.values()])), low=0.95, high=1.05),
-        Finding(name="signal_at_end", says="of the picture's variance the static still holds",
-                value=100 * (std / most) ** 2, high=0.02, unit="%"),
+                value=float(np.mean([way.preserved[-1] for way in ways.values()])), low=1 - of_variance,
+                high=1 + of_variance),
+        Finding(name="picture_forgotten", says="the static's pixels tell nothing of the picture's: correlation, the "
+                "farthest from 0 of all schedules", value=max(abs(_correlation(way)) for way in ways.values()),
+                high=_signal(std, most) + of_correlation),
         Finding(name="log_steps_divide_evenly", says="equal steps of log SNR: share of them between 100 and 0.01, "
-                "over what the closed form says", value=middle["a walk's steps: log"] / log, low=0.95,
-                high=1.05, unit="x"),
-        Finding(name="schedules_differ", says="the schedule that works most between SNR 100 and 0.01 does so more "
-                "often than the one that works least", value=max(middle.values()) / min(middle.values()), low=1.5,
-                unit="x"),
+                "over what the closed form says", value=middle["a walk's steps: log"] / (log or math.nan),
+                low=1 - margin, high=1 + margin, unit="x"),
+        *([] if min(middle.values()) == 0 else [  # so few steps that a schedule takes none there
+            Finding(name="schedules_differ", says="the schedule that works most between SNR 100 and 0.01 does so more "
+                    "often than the one that works least", value=max(middle.values()) / min(middle.values()), low=1.5,
+                    unit="x")]),
     ]  # fmt: skip
+
+
+def _correlation(way: Way) -> float:
+    """Of the pixels at the end of the walk with the picture's."""
+    return float(torch.corrcoef(torch.stack([way.shown[0].flatten(), way.shown[-1].flatten()]).double())[0, 1])
+
+
+def _signal(std: float, sigma: float) -> float:
+    """The correlation of x0 + sigma noise with x0, whose std is given: its square is the picture's share of the
+    variance."""
+    return std / (std**2 + sigma**2) ** 0.5
 
 
 def _row(name: str, part: list[float]) -> dict[str, Any]:

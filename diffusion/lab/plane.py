@@ -1,8 +1,10 @@
 """A network on the plane: a multi-layer perceptron for pictures of two pixels, trained by fit; scores of points."""
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from clip_train.fit import Batch, FitConfig, fit
+from clip_train.folder import fingerprint_json
 from clip_train.gradients import LossFunction
-from clip_train.settings import Progress, UserError
+from clip_train.settings import Progress, UserError, config_to_json
 from diffusion.denoiser import Cond, Denoiser, Scaling, denoising_loss, loss_weight, refuse_unknown
 from diffusion.distances import variance_ratio
-from diffusion.lab.spiral import BINS, CLASSES, NOTHING, Spiral, coverage, nearest
+from diffusion.lab.spiral import BINS, CLASSES, NOTHING, Spiral, coverage, nearest, seeded
 from diffusion.layers import silent
 from diffusion.schedule import karras_sigmas, log_sigmas, stratified
 
@@ -106,7 +109,6 @@ class Trained:
     denoiser: Denoiser
     config: PlaneConfig
     loss: float  # squared error of what it had to tell, per pixel, near the end of the training
-    seconds: float
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
         """denoised (B, 2), without gradients."""
@@ -115,36 +117,51 @@ class Trained:
 
 
 def train_plane(
-    config: PlaneConfig, spiral: Spiral, on_progress: Progress | None = None, stage: str = "training"
+    config: PlaneConfig,
+    spiral: Spiral,
+    on_progress: Progress | None = None,
+    stage: str = "training",
+    folder: Path | None = None,
 ) -> Trained:
-    """Train a network on the spiral's points. One core, a few milliseconds a step."""
+    """Train a network on the spiral's points. One core, a few milliseconds a step.
+
+    folder: of the experiment. Its scratch/ keeps the network, so that a killed run does not train it again;
+    Workspace.publish removes that.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         denoiser = Denoiser(PlaneNetwork(config), Scaling(config.predict, SIGMA_DATA))
     how = FitConfig(
         steps=config.steps, batch_size=config.batch_size, lr=config.lr, weight_decay=0.0, precision="fp32",
-        seed=config.seed, save_every=math.inf, log_every=5,
+        seed=config.seed, save_every=20.0, log_every=5,
     )  # fmt: skip
 
     def tell(done: int, total: int, **numbers: float) -> None:
         if on_progress and (done % 50 == 0 or done == total):
             on_progress(done, total, stage=stage, **numbers)
 
-    with tempfile.TemporaryDirectory() as folder:
-        batches = point_batches(spiral, config)
-        result = fit(denoiser, batches, plane_loss(config), how, Path(folder), on_progress=tell)
-    return Trained(denoiser.eval().requires_grad_(False), config, result.loss, result.seconds)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(scratch_of(folder, config, spiral)) as place:
+        Path(place).mkdir(parents=True, exist_ok=True)
+        result = fit(denoiser, point_batches(spiral, config), plane_loss(config), how, Path(place), on_progress=tell)
+    return Trained(denoiser.eval().requires_grad_(False), config, result.loss)
+
+
+def scratch_of(folder: Path, config: PlaneConfig, spiral: Spiral) -> Path:
+    """Where in the experiment's folder a network is trained: another one, or on other points, is elsewhere."""
+    points = hashlib.sha256(spiral.points.numpy().tobytes()).hexdigest()
+    known = fingerprint_json({"plane": config_to_json(config), "points": points, "spread": spiral.spread})
+    return folder / "scratch" / known.removeprefix("sha256:")[:16]
 
 
 def point_batches(spiral: Spiral, config: PlaneConfig) -> Callable[[int], Iterator[Batch]]:
     """Batches for fit: each step's points and labels are a function of (seed, step)."""
-    rng = torch.Generator().manual_seed(config.seed)
+    rng = seeded(config.seed)
     blind = torch.rand(len(spiral.points), generator=rng) < config.wrong_label
     shown = torch.where(blind, torch.randint(len(CLASSES), blind.shape, generator=rng), spiral.label)
 
     def batches(step: int) -> Iterator[Batch]:
         while True:
-            rng = torch.Generator().manual_seed(1 + config.seed * 1_000_003 + step)
+            rng = seeded(1 + config.seed * 1_000_003 + step)
             x0, row = spiral.draw(config.batch_size, rng)
             label = shown[row]
             if config.labels:

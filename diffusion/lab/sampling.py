@@ -18,7 +18,7 @@ from diffusion.lab.sampling_figures import (
     figure_of_paths,
     walk_animation,
 )
-from diffusion.lab.spiral import Spiral
+from diffusion.lab.spiral import Spiral, seeded
 from diffusion.lab.walks import walk
 
 COMPARED = ("ddpm", "ddim", "heun", "dpmpp_2m")
@@ -45,8 +45,8 @@ def sampling(config: SamplingConfig, folder: Path, on_progress: Progress | None 
     """Train one network on the spiral; walk down with every sampler; measure and draw."""
     seed = config.plane.seed
     spiral = Spiral.of(config.points, seed=seed)
-    network = train_plane(config.plane, spiral, on_progress)
-    rng = torch.Generator().manual_seed(seed + 1)
+    network = train_plane(config.plane, spiral, on_progress, folder=folder)
+    rng = seeded(seed + 1)
     true, again = spiral.draw(config.drawn, rng)[0], spiral.draw(config.drawn, rng)[0]
 
     ends: dict[str, torch.Tensor] = {}
@@ -62,7 +62,7 @@ def sampling(config: SamplingConfig, folder: Path, on_progress: Progress | None 
         [
             partial(figure_of_paths, folder, network, config.many, seed),
             partial(figure_of_ends, folder, ends, walks),
-            partial(figure_of_evaluations, folder, rows, (min(floor), max(floor))),
+            partial(figure_of_evaluations, folder, rows, (min(floor), max(floor)), config.few),
         ],
         on_progress,
     )

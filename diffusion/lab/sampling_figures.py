@@ -23,7 +23,7 @@ def figure_of_paths(folder: Path, network: Trained, steps: int, seed: int, count
     half = 0.25
     with drawing():
         figure, axes = panels(1, len(SHOWN), width=4.2, height=5.1)
-        headline(figure, "DDPM needs its noise to arrive everywhere, DDIM needs none")
+        headline(figure, "From the same noise three ways down")
         for one, (shown, sampler) in zip(axes[0], SHOWN.items(), strict=True):
             plane(one, NAMES[shown], reach=1.5)
             draw_curve(one)
@@ -38,9 +38,8 @@ def figure_of_paths(folder: Path, network: Trained, steps: int, seed: int, count
     return Figure(
         file="paths.png",
         caption=f"{count} points (for DDPM the first two) on their way from noise (rings) to where they end (dots), "
-        f"the plane shrunk to the data's size at every level; grey: the field at noise level {half:g}. DDPM goes "
-        "astray and is led back again and again; without its noise all points go to the middle of the data first, and "
-        "end together; DDIM takes each a short smooth way.",
+        f"the plane shrunk to the data's size at every level; grey: the field at noise level {half:g}. Look at how "
+        "smooth the ways are, and whether they end apart or together.",
     )
 
 
@@ -48,31 +47,41 @@ def figure_of_ends(folder: Path, ends: dict[str, Tensor], walks: dict[str, dict[
     """Where many points end, with the share of the variance that is left."""
     with drawing():
         figure, axes = panels(1, len(ends), width=4.2, height=5.2)
-        headline(figure, "Without the noise that it adds on its way, DDPM draws the same few points again and again")
+        headline(
+            figure,
+            f"Variance that DDPM keeps: {_percent(walks['ddpm']['variance'])}, without the noise it adds "
+            f"on its way {_percent(walks['ddpm without noise']['variance'])}",
+        )
         for one, (shown, points) in zip(axes[0], ends.items(), strict=True):
-            kept, full = 100 * walks[shown]["variance"], 100 * walks[shown]["coverage"]
-            share = f"{kept:.0f}" if kept >= 1 else f"{kept:.1g}"
-            plane(one, f"{NAMES[shown]}\n{share} % of the variance\n{full:.0f} % of the curve", reach=1.4)
+            kept, full = _percent(walks[shown]["variance"]), 100 * walks[shown]["coverage"]
+            plane(one, f"{NAMES[shown]}\n{kept} of the variance\n{full:.0f} % of the curve", reach=1.4)
             draw_curve(one)
             draw_cloud(one, points, COLOURS[shown], size=9)
         outer_labels(axes)
         save(figure, folder / "ends.png")
     return Figure(
         file="ends.png",
-        caption=f"Where {len(points)} points end that start from the same noise. Without the noise that DDPM adds on "
-        "its way they all come to the same few places.",
+        caption=f"Where {len(points)} points end that start from the same noise: with DDPM, with DDPM but for the "
+        "noise that it adds on its way, and with DDIM, which adds none. Look at how much of the spiral is reached.",
     )
 
 
-def figure_of_evaluations(folder: Path, rows: list[dict[str, Any]], floor: tuple[float, float]) -> Figure:
+def _percent(share: float) -> str:
+    """Small ones with one digit that is not 0."""
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
+
+
+def figure_of_evaluations(folder: Path, rows: list[dict[str, Any]], floor: tuple[float, float], few: int) -> Figure:
     """Distance from the spiral against calls of the network, a line for each sampler.
 
-    floor: the least and the greatest distance between as many true points and others.
+    floor: the least and the greatest distance between as many true points and others. few: steps that are named.
     """
     top = 0.6
+    found = {row["sampler"]: row["energy"] for row in rows if row["steps"] == few}
+    named = (f"{NAMES[name]} {found[name]:.2g}" for name in ("ddpm", "ddim", "dpmpp_2m"))
     with drawing():
         figure, axes = panels(1, 1, width=7.6, height=5.2)
-        headline(figure, "DDIM needs fewer steps than DDPM, DPM-Solver++ fewer still")
+        headline(figure, f"At {few} steps: {', '.join(named)}")
         one = axes[0, 0]
         for sampler in dict.fromkeys(row["sampler"] for row in rows):
             mine = [row for row in rows if row["sampler"] == sampler]
@@ -103,8 +112,7 @@ def figure_of_evaluations(folder: Path, rows: list[dict[str, Any]], floor: tuple
         file="evaluations.png",
         caption="How far the drawn points, as a whole, are from the spiral's (energy distance: 0 only if they are "
         "spread over it as the data is) against how often the network was asked (Heun asks twice a step). Blue band: "
-        "true points against other true points. Heun needs its steps to be small; once they are, it is as "
-        "good as DPM-Solver++, which asks half as often.",
+        "true points against other true points. The lower and the farther left a line, the better.",
     )
 
 
@@ -117,7 +125,7 @@ def walk_animation(folder: Path, network: Trained, frames: int, seed: int, on_pr
     with drawing():
         for step, sigma in enumerate(sigmas):
             figure, axes = panels(1, 2, width=4.2, height=4.9)
-            headline(figure, "DDPM needs the noise that it adds on its way")
+            headline(figure, "DDPM with the noise that it adds on its way, and without")
             for one, (shown, way) in zip(axes[0], ways.items(), strict=True):
                 plane(one, f"{NAMES[shown]}, σ = {sigma:.2g}", reach=1.5)
                 draw_curve(one)

@@ -32,7 +32,7 @@ class Spiral:
         """count points, one in each of count equal parts of the curve, shuffled."""
         if count < BINS or spread <= 0:
             raise UserError(f"a spiral needs at least {BINS} points and a spread above 0, not {count} and {spread:g}")
-        arc = stratified(count, torch.Generator().manual_seed(seed))
+        arc = stratified(count, seeded(seed))
         return cls(curve(arc), arc, spread)
 
     @property
@@ -64,6 +64,11 @@ class Spiral:
             logits = logits + torch.where(label == NOTHING, 1.0, right).log()
         middle = logits.softmax(1) @ self.points.to(x)
         return middle + self.spread**2 / spread * (x - middle)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator for any seed made from the user's own: torch takes none above 2^64, fit none above 2^63."""
+    return torch.Generator().manual_seed(seed % 2**63)
 
 
 def curve(arc: Tensor) -> Tensor:

@@ -16,9 +16,7 @@ from diffusion.lab.walks import at_level
 
 PLACES = ((-1.1, 0.8), (-0.2, 1.3), (1.1, 1.15), (1.35, -0.3), (0.5, -1.25), (-0.85, -1.1))
 NAMED_AT = ((0.1, 0.22), (-0.83, -0.1), (0.97, 0.48))  # person, dog, cat
-
-
-PARTS = 12  # in which the points of a class are drawn
+TURNS = 12  # in which the points of a class are drawn
 
 
 def figure_of_arrows(
@@ -62,24 +60,26 @@ def figure_of_scales(folder: Path, drawn: dict[float, list[Tensor]], rows: list[
     columns = (len(drawn) + 1) // 2
     with drawing():
         figure, axes = panels(2, columns, width=3.3, height=4.2)
-        headline(figure, "More guidance: first right, then all alike, at last off the spiral")
+        known = (f"{100 * mean_over_classes(rows, scale, 'precision'):.0f} % at {'' if scale else 'guidance '}{scale:g}"
+                 for scale in sorted({0.0, 1.0, 3.0, max(drawn)}))  # fmt: skip
+        headline(figure, f"Right: {', '.join(known)}")
         for one in axes.flat[len(drawn) :]:
             one.set_axis_off()
         for one, (scale, classes) in zip(axes.flat, drawn.items(), strict=False):
-            right = [row["precision"] for row in rows if row["scale"] == scale]
-            known = {0: " (unconditional)", 1: " (conditional)"}.get(scale, "")
-            plane(one, f"guidance {scale:g}{known}\n{100 * sum(right) / len(right):.0f} % right", reach=1.5)
-            for part in range(PARTS):  # in turn, so that no class hides the others
+            kind = {0: " (unconditional)", 1: " (conditional)"}.get(scale, "")
+            right = 100 * mean_over_classes(rows, scale, "precision")
+            plane(one, f"guidance {scale:g}{kind}\n{right:.0f} % right", reach=1.5)
+            for turn in range(TURNS):  # in turn, so that no class hides the others
                 for name, points in zip(CLASSES, classes, strict=True):
-                    draw_cloud(one, points[part::PARTS], COLOURS[name], size=8, alpha=0.8)
+                    draw_cloud(one, points[turn::TURNS], COLOURS[name], size=8, alpha=0.8)
         outer_labels(axes)
         _legend_of_classes(figure, axes[0, 0])
         save(figure, folder / "scales.png")
     return Figure(
         file="scales.png",
         caption="Points asked for as person, dog and cat, at rising guidance. At 0 the condition is ignored; at 1 it "
-        "is followed as trained, wrong labels and all; at 3 each class keeps to its part; at 10 points are thrown off "
-        "the spiral.",
+        "is followed as trained, wrong labels and all. Look at where each colour lies, how much of its part it fills, "
+        "and whether points leave the spiral.",
     )
 
 
@@ -88,7 +88,15 @@ def figure_of_precision(folder: Path, rows: list[dict[str, Any]]) -> Figure:
     scales = sorted({row["scale"] for row in rows})
     with drawing():
         figure, axes = panels(1, 3, width=4.3, height=4.5)
-        headline(figure, "Guidance buys precision with variety; too much of it leaves the spiral")
+        top, off = scales[-1], mean_over_classes(rows, scales[-1], "outside")
+        before, after = (
+            [100 * mean_over_classes(rows, scale, name) for name in ("precision", "coverage")] for scale in (1.0, 3.0)
+        )
+        headline(
+            figure,
+            f"Guidance 1 → 3: right {before[0]:.0f} → {after[0]:.0f} %, drawn {before[1]:.0f} → "
+            f"{after[1]:.0f} %; at {top:g}, {100 * off:.0f} % are off the spiral",
+        )
         measures = (
             ("precision", "right class, on the spiral, % of points"),
             ("coverage", "part of the class drawn, %"),
@@ -106,8 +114,8 @@ def figure_of_precision(folder: Path, rows: list[dict[str, Any]]) -> Figure:
         save(figure, folder / "precision.png")
     return Figure(
         file="precision.png",
-        caption="Guidance buys precision (left) with variety (middle). Beyond a few times it over-saturates: points "
-        "are driven off the spiral (right), and count as wrong.",
+        caption="What guidance buys and what it costs: precision (left), variety (middle), and points driven off the "
+        "spiral (right), which count as wrong.",
     )
 
 
@@ -115,10 +123,13 @@ def figure_of_negative(folder: Path, free: Tensor, others: Tensor) -> Figure:
     """All classes, and all but cats."""
     with drawing():
         figure, axes = panels(1, 2, width=4.2, height=5.3)
-        headline(figure, '"Not cat" as a negative condition takes the cats away')
-        for one, points, head in ((axes[0, 0], free, "no condition"), (axes[0, 1], others, '"not cat", scale 3')):
-            label = class_of(nearest(points)[1])
-            cats = (label == CLASSES.index("cat")).float().mean().item()
+        labels = [class_of(nearest(points)[1]) for points in (free, others)]
+        share = [(label == CLASSES.index("cat")).float().mean().item() for label in labels]
+        headline(
+            figure, f'Cats without a condition and with "not cat": {100 * share[0]:.0f} and {100 * share[1]:.0f} %'
+        )
+        heads = "no condition", '"not cat", scale 3'
+        for one, points, head, label, cats in zip(axes[0], (free, others), heads, labels, share, strict=True):
             plane(one, f"{head}: {100 * cats:.0f} % cats", reach=1.3)
             draw_curve(one, classes=True)
             for number, name in enumerate(CLASSES):
@@ -128,9 +139,15 @@ def figure_of_negative(folder: Path, free: Tensor, others: Tensor) -> Figure:
         save(figure, folder / "negative.png")
     return Figure(
         file="negative.png",
-        caption='A negative condition: guidance from "cat" to nothing and beyond. Hardly any cat is left, and '
-        "the others keep away from them: most are where cats are least likely.",
+        caption='A negative condition: guidance from "cat" to nothing and beyond. Look at how many cats are left, and '
+        "at how far from them the others keep.",
     )
+
+
+def mean_over_classes(rows: list[dict[str, Any]], scale: float, measure: str) -> float:
+    """Mean of a measure over the classes at one scale."""
+    values = [row[measure] for row in rows if row["scale"] == scale]
+    return sum(values) / len(values)
 
 
 def _arrows(axes, start: Tensor, way: Tensor, colour: str, width: float = 2.4) -> None:

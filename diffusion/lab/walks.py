@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.lab.plane import SIGMA_DATA
+from diffusion.lab.spiral import seeded
 from diffusion.samplers import Denoise, sample
 
 
@@ -16,7 +17,6 @@ class Walk:
 
     sigmas: Tensor  # (calls,) at which it was asked
     x: Tensor  # (calls, N, 2)
-    denoised: Tensor  # (calls, N, 2) what it said
     end: Tensor  # (N, 2)
 
     @property
@@ -32,16 +32,15 @@ class Walk:
 
 def walk(sampler: str, denoise: Denoise, sigmas: Tensor, count: int, seed: int = 0) -> Walk:
     """count points from noise down the grid with diffusion.samplers.sample. One seed starts all samplers alike."""
-    rng = torch.Generator().manual_seed(seed)
-    levels, seen, said = [], [], []
+    rng = seeded(seed)
+    levels, seen = [], []
 
     def watched(x: Tensor, sigma: Tensor) -> Tensor:
         levels.append(float(sigma[0])), seen.append(x)
-        said.append(denoise(x, sigma))
-        return said[-1]
+        return denoise(x, sigma)
 
     end = sample(sampler, watched, sigmas, lambda: torch.randn(count, 2, generator=rng))
-    return Walk(torch.tensor(levels), torch.stack(seen), torch.stack(said), end)
+    return Walk(torch.tensor(levels), torch.stack(seen), end)
 
 
 def shrunk(x: Tensor, sigma: Tensor | float) -> Tensor:
