@@ -1,0 +1,58 @@
+"""How a fault ended, and the tally of many: what the fault bench counts and prints."""
+
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+GOOD = ("done", "skipped", "refused")  # did its work; said and counted what it left out; one line and exit code 2
+BAD = ("traceback", "hang", "silence", "loss", "wrong")  # silence: wrong or left out, and nothing said
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one case ended."""
+
+    how: str  # one of GOOD or BAD
+    line: str = ""  # what was said, or what was wrong
+
+    def __post_init__(self) -> None:
+        if self.how not in GOOD + BAD:
+            raise ValueError(f"no outcome {self.how!r}")
+
+
+@dataclass
+class Tally:
+    """Outcomes by kind of fault."""
+
+    counts: dict[str, Counter] = field(default_factory=dict)
+    losses: list[tuple[str, str, Outcome]] = field(default_factory=list)  # (kind, what the case was, outcome)
+
+    def add(self, kind: str, case: str, outcome: Outcome) -> None:
+        self.counts.setdefault(kind, Counter())[outcome.how] += 1
+        if outcome.how in BAD:
+            self.losses.append((kind, case, outcome))
+
+    def table(self) -> str:
+        """Markdown: a row for each kind, and one for all."""
+        rows = [*sorted(self.counts.items()), ("all", sum(self.counts.values(), Counter()))]
+        head = "| kind | cases | done | counted skip | exit 2, one line | losses |\n|---|---|---|---|---|---|"
+        cells = [[kind, sum(n.values()), *(n[how] for how in GOOD), sum(n[how] for how in BAD)] for kind, n in rows]
+        return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in cells)])
+
+
+def tried(
+    work: Callable[[], object], refusals: tuple[type[BaseException], ...], skipped: Callable[[], bool]
+) -> Outcome:
+    """Run it: one of the refusals (UserError, say) with one line is good, any other exception is not.
+
+    skipped: asked afterwards, whether what was left out was counted.
+    """
+    try:
+        work()
+    except refusals as error:
+        line = str(error)
+        return Outcome("refused", line) if line and "\n" not in line.strip() else Outcome("traceback", repr(line))
+    except Exception:
+        return Outcome("traceback", traceback.format_exc().strip().splitlines()[-1])
+    return Outcome("skipped") if skipped() else Outcome("done")
