@@ -4,7 +4,7 @@
     python benchmarks/faults.py all
 
 Prints a markdown table for each class and every loss in full; exit code 1 if there was one. CI runs a subset of the
-same cases (tests/faults). A case is a function of (class, seed, number), so a loss can be tried again with --only NUMBER.
+same cases (tests/faults). A case is a function of (class, seed, number), so a loss can be tried again with --only N.
 """
 
 import argparse
