@@ -186,7 +186,7 @@ def _centres(sample: np.ndarray, count: int, seed: int) -> np.ndarray:
         count,
         niter=ROUNDS,
         nredo=max(1, min(STARTS, 128 // count)),
-        seed=seed,
+        seed=seed % 2**31,
         spherical=True,
         min_points_per_centroid=1,
         max_points_per_centroid=max(PER_CLUSTER, -(-len(sample) // count)),

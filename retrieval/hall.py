@@ -173,7 +173,7 @@ class Hall:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _served(self, name: str, searcher: Searcher) -> ServedIndex:
-        if not re.fullmatch(r"[\w.-]{1,64}", name):
+        if not re.fullmatch(r"[\w.-]{1,64}", name) or not name.strip("."):  # a browser takes .. for the folder above
             say = "give it one of letters, digits, '_', '-' and '.': --index NAME=FOLDER"
             raise UserError(f"{name!r} is no name for an index; {say}")
         fingerprint = searcher.manifest.inputs["clip"]["fingerprint"]

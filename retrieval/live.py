@@ -24,7 +24,7 @@ import numpy as np
 
 from clip_train.folder import Manifest, read_manifest
 from clip_train.settings import UserError
-from clip_train.store import MetadataTable
+from clip_train.store import MetadataTable, checked_table
 from retrieval import swap
 from retrieval.filtered import Answer, FilteredIndex, Mask, best_of, nothing_found
 from retrieval.index import MODALITIES, load_index
@@ -51,11 +51,22 @@ class State:
     def read(cls, folder: Path) -> "State":
         """What state.json says; a folder without it is only the base."""
         try:
-            return cls(**json.loads((folder / STATE).read_text()))
+            state = cls(**json.loads((folder / STATE).read_text()))
+            state.refuse_malformed()
+            return state
         except FileNotFoundError:
             return cls()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{folder / STATE} is damaged ({error}); {AGAIN}") from error
+
+    def refuse_malformed(self) -> None:
+        """ValueError if it names no files, or files elsewhere."""
+        deleted = [] if self.deleted is None else [self.deleted]
+        if not isinstance(self.segments, list) or not all(isinstance(one, dict) for one in [*self.segments, *deleted]):
+            raise ValueError("its segments or its deleted rows are no objects")
+        names = [*(segment.get("name") for segment in self.segments), *(one.get("file") for one in deleted)]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError("a segment or the deleted rows have no name of a file")
 
 
 class LiveIndex:
@@ -116,6 +127,9 @@ class LiveIndex:
             path = folder / DELETED / said.deleted["file"]
             try:
                 deleted = np.load(path, allow_pickle=False)
+                rows = sum(part.rows for part in parts)
+                if deleted.dtype.kind not in "iu" or deleted.ndim != 1 or not all((0 <= deleted) & (deleted < rows)):
+                    raise ValueError("not numbers of rows")
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path} is missing or damaged; {AGAIN}") from error
         return cls(folder, state, parts, deleted)
@@ -257,8 +271,7 @@ class LiveTable(MetadataTable):
         import pyarrow.parquet as pq
 
         try:
-            file = pq.ParquetFile(self._held[part])
-            return file.read(columns=None if columns is None else [c for c in columns if c in file.schema_arrow.names])
+            return checked_table(pq.ParquetFile(self._held[part]), columns)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.paths[part]} cannot be read ({' '.join(str(error).split())}); {AGAIN}") from error
 

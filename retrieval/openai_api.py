@@ -141,6 +141,8 @@ async def _form(request: Request) -> tuple[Asked, bytes]:
             pictures = [await value.read() for name, value in uploads if name in ("image", "image[]")]
     except HTTPException as error:
         raise Refused(400, f"the form cannot be read: {error.detail}") from error
+    except UnicodeError as error:  # its charset is one of Python's that read nothing
+        raise Refused(400, "the form cannot be read: it is not text of the charset that it names") from error
     if len(pictures) > 1:
         raise Refused(400, f"the form has {len(pictures)} pictures; one is worked on at a time")
     if not any(pictures):

@@ -37,6 +37,7 @@ except ImportError as error:
 from retrieval import clip_api, openai_api, page_api
 from retrieval.asked import Refused
 from retrieval.connection import Connection
+from retrieval.description import describe
 from retrieval.door import Door
 from retrieval.hall import Hall, ServeConfig
 from retrieval.query import QueryError
@@ -53,7 +54,7 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 SLOW = ("/api/generate", "/v1/embeddings", "/v1/images/generations", "/v1/images/variations", "/v1/images/edits")
-CONNECTIONS = 2048  # open at once; requests on further ones get uvicorn's 503
+CONNECTIONS = 2048  # open at once; of more, those that ask for nothing are cut off, and requests get uvicorn's 503
 log = logging.getLogger("unclip.serve")
 
 
@@ -91,8 +92,18 @@ def create_app(
         text, kind = telemetry.text()
         return Response(text, media_type=kind)
 
+    @app.get("/openapi.json")
+    async def description() -> Response:
+        return clip_api.answer(describe(hall))
+
     page = _add_page(app)
-    paths = ["/healthz", "/metrics", *page, *(route.path for router in routers for route in router.routes)]
+    paths = [
+        "/healthz",
+        "/metrics",
+        "/openapi.json",
+        *page,
+        *(route.path for router in routers for route in router.routes),
+    ]
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -179,8 +190,9 @@ def run(app: FastAPI, sock: socket.socket) -> None:
     config = app.state.hall.config
     seconds = math.ceil(max(config.seconds, config.draw_seconds))
     gc.collect()
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what is wrong with a form, its sender is told
     gc.freeze()  # half a million objects of torch and its kin stay for ever; looking through them takes half a second
-    how = {"log_level": "warning", "access_log": False, "server_header": False, "limit_concurrency": CONNECTIONS}
+    how = {"log_level": "warning", "access_log": False, "server_header": False, "limit_concurrency": connections()}
     how |= {"http": Connection, "ws": "none"}  # without WebSockets, a request for one is answered as any other
     try:  # uvicorn raises the signal again once it has stopped; the one that does nothing makes that exit code 0
         uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=seconds, **how)).run(sockets=[sock])
@@ -188,6 +200,23 @@ def run(app: FastAPI, sock: socket.socket) -> None:
         gc.unfreeze()
         for number, handler in stop.items():
             signal.signal(number, handler)
+
+
+def connections() -> int:
+    """How many may be open: CONNECTIONS, if the system lets this process have a quarter more files than that.
+
+    Without the room, connections that ask for nothing would take the files that indexes and tars are read through.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return CONNECTIONS
+    wanted = CONNECTIONS * 5 // 4
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < wanted:  # below 0: no limit
+        soft = wanted if hard < 0 else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return CONNECTIONS if soft < 0 else min(CONNECTIONS, soft * 4 // 5)
 
 
 def address(sock: socket.socket) -> str:

@@ -778,8 +778,9 @@ def test_a_token_file_must_be_there_hold_a_token_and_be_private(tmp_path):
 def test_nothing_to_serve_a_bad_name_and_a_taken_port_are_one_line(world):
     with pytest.raises(UserError, match="nothing to serve"):
         create_app({})
-    with pytest.raises(UserError, match="no name for an index"):
-        create_app({"a/b": Searcher.open(world / "index")})
+    for name in ("a/b", ".."):
+        with pytest.raises(UserError, match="no name for an index"):
+            create_app({name: Searcher.open(world / "index")})
     with pytest.raises(UserError, match="'my index' is no name .* --index NAME=FOLDER"):
         create_app({"my index": Searcher.open(world / "index")})
     sock = listen(ServeConfig(port=0))
@@ -837,6 +838,23 @@ def test_refused_has_the_shape_of_openais_errors():
     assert Refused(400, "no").body == {
         "error": {"message": "no", "type": "invalid_request_error", "param": None, "code": None}
     }
+
+
+def test_a_form_in_a_charset_that_reads_nothing_is_refused(client):
+    form = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\na\r\n--x--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}
+    answer = client.post("/v1/images/variations", content=form, headers=kind)
+    assert answer.status_code == 400 and "not text of the charset that it names" in said(answer)
+
+
+def test_there_are_as_many_places_for_connections_as_the_system_has_files_for(monkeypatch):
+    resource = pytest.importorskip("resource")
+    asked = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: asked.append(both))
+    for limits, places in (((256, 512), 409), ((1024, -1), 2048), ((99_999, 99_999), 2048), ((-1, -1), 2048)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        assert server_module.connections() == places
+    assert asked == [(512, 512), (2560, -1)]
 
 
 # A process of its own
