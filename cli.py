@@ -1,6 +1,8 @@
 """The command line: the commands of all rooms under one name. Results go to stdout, talk to stderr."""
 
 import os
+import re
+import signal
 import sys
 
 import click
@@ -20,10 +22,11 @@ from clip_train.console import CONTEXT, is_main, say
 def main() -> None:
     """Entry point of `unclip`: a UserError is one line and exit code 2, an interrupted training exits 128 + signal."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
+        signal.signal(signal.SIGTERM, terminated)
         try:
             sys.exit(run())
-        except KeyboardInterrupt:  # a second Ctrl-C, while the first one was being answered
-            sys.exit(130)
+        except KeyboardInterrupt:  # before click is there to answer it, or while it does
+            sys.exit(stopped())
     from clip_train.ranks import leave
 
     try:
@@ -40,11 +43,12 @@ def run() -> int:
     """The command that the arguments name; returns the exit code."""
     from clip_train.settings import Interrupted, UserError
 
+    if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 is printed as it can be, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return cli.main(standalone_mode=False) or 0
     except click.exceptions.Abort:  # what click makes of Ctrl-C
-        say("unclip: stopped; run the same command again to go on")
-        return 130
+        return stopped()
     except click.ClickException as error:
         if is_main():
             error.show()
@@ -55,10 +59,31 @@ def run() -> int:
     except UserError as error:
         complain(error, " ".join(str(error).split()))
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("(not enough|allocate|out of) memory", str(error)):
+            raise
+        said = " ".join(str(error).split())[:200]
+        complain(error, f"not enough memory ({said}); ask for less: fewer steps, pictures or samples at a time")
+        return 2
     except OSError as error:  # a full disk, a folder that went away: not bugs, and they have a line of their own
         where = f"{error.filename}: " if error.filename else ""
         complain(error, f"{where}{error.strerror or error}")
         return 2
+
+
+TERMINATED: list[int] = []  # SIGTERM, when it came
+
+
+def terminated(number: int, _frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does: what is open is closed, and one line says how to go on."""
+    TERMINATED.append(number)
+    raise KeyboardInterrupt
+
+
+def stopped() -> int:
+    """Say that a signal ended the command; returns the exit code."""
+    say("unclip: stopped; run the same command again to go on")
+    return 143 if TERMINATED else 130
 
 
 def complain(error: Exception, text: str) -> None:

@@ -15,6 +15,19 @@ import time
 from pathlib import Path
 
 CLASSES: dict[str, tuple[str, int]] = {  # class of faults -> its module in tests/faults, cases by default
+    "shards": ("bad_shards", 576),
+    "pictures": ("bad_pictures", 600),
+    "captions": ("bad_captions", 400),
+    "numbers": ("bad_numbers", 400),
+    "folders": ("bad_folders", 600),
+    "options": ("bad_options", 1200),
+    "service": ("service", 400),
+    "attack": ("attack", 400),
+    "kills": ("kills", 240),
+    "signals": ("signals", 120),
+    "disks": ("disks", 120),
+    "locks": ("locks", 72),
+    "rot": ("rot", 160),
 }
 
 

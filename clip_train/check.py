@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clip_train.byte_pairs import simple_tokenizer
 from clip_train.captions import text_id
 from clip_train.duplicates import PLAIN, colour_grid, group_pictures, perceptual_hashes, small_grey
 from clip_train.folder import write_file
@@ -316,9 +317,7 @@ def _of_captions(samples: _Samples, context_length: int, statistics: dict[str, A
 
 def _tokens(samples: _Samples, first: np.ndarray, context_length: int) -> tuple[np.ndarray, list[str], list[str]]:
     """Of different captions, evenly spread: how many tokens each has, which are too long, which are no words."""
-    import open_clip
-
-    tokenizer = open_clip.SimpleTokenizer()
+    tokenizer = simple_tokenizer()
     speaker, texts = samples.speaker, samples.texts
     tokens, long, no_words = [], [], []
     for place in np.sort(first)[:: -(-len(first) // TOKENISED)].tolist():

@@ -1,9 +1,11 @@
 """What a killed run goes on from: named tensors and a few numbers in one safetensors file, written atomically."""
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,24 @@ from clip_train.folder import write_file
 from clip_train.parallel import copy_whole
 from clip_train.settings import UserError
 
+NEWEST, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"
+
+
+class Damaged(UserError):
+    """A file that is not what was written."""
+
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str, Any] | None = None) -> None:
-    """Write `tensors` and json-able `numbers` to `path`: the file is either the old one or the new one, whole."""
+    """Write `tensors` and json-able `numbers` to `path`: the file is either the old one or the new one, whole.
+
+    It holds the sha256 of both, by which load_tensors notices a bit that has changed since."""
     temporary = path.with_name(f".{path.name}.tmp")
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    noted = {"json": json.dumps((numbers or {}) | {"sha256": _sha256(plain, numbers or {})})}
     try:
         # clones: safetensors refuses tensors that share memory (tied weights), and loading makes them equal again
         shared = len({t.data_ptr() for t in plain.values() if t.numel()}) < sum(t.numel() > 0 for t in plain.values())
-        save_file(
-            {n: t.clone() for n, t in plain.items()} if shared else plain, temporary, {"json": json.dumps(numbers)}
-        )
+        save_file({n: t.clone() for n, t in plain.items()} if shared else plain, temporary, noted)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # safetensors makes files that only their owner can read
@@ -40,20 +49,37 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What save_tensors wrote. UserError if the file is missing, cut short or not a safetensors file."""
+    """What save_tensors wrote. UserError if the file is missing; Damaged if it is cut short, not a safetensors file, or
+    was changed since."""
     try:
         with safe_open(path, "pt") as file:
-            numbers = json.loads((file.metadata() or {}).get("json", "null"))
-        return load_file(path, device=str(device)), numbers or {}
+            numbers = json.loads((file.metadata() or {}).get("json", "null")) or {}
+        tensors = load_file(path)
+        sha256 = numbers.pop("sha256", None)  # others write safetensors files, too
+        if sha256 and sha256 != _sha256(tensors, numbers):
+            raise ValueError("its contents have changed since they were written")
+        return {name: t.to(device) for name, t in tensors.items()}, numbers
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
+    except (OSError, SafetensorError, AttributeError, ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged or not a safetensors file ({error})") from error
+
+
+def _sha256(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> str:
+    """Of names, types, shapes and bytes of the tensors, whatever their order, and of the numbers."""
+    total = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        total.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\n".encode("utf-8", "surrogatepass"))
+        total.update(t.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: Path | str) -> None:
     """load_state_dict whose complaint is one line naming the file and the first weight that does not fit."""
     _refuse_others(module, {name: t.shape for name, t in tensors.items()}, where)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: weight {name} holds numbers that are not finite; train again, or take a copy")
     module.load_state_dict(tensors)
 
 
@@ -105,33 +131,78 @@ class Training:
 
 
 def save_training(folder: Path, training: Training, numbers: dict[str, Any], sharded: bool) -> None:
-    """Write a checkpoint; the one before stays until the new one is whole. `numbers` holds "step", and is json.
+    """Write a checkpoint; the one before stays, in case that this one is damaged. `numbers` holds "step", and is json.
 
     By the main rank alone into checkpoint.safetensors; or, `sharded`, by every rank its own part into a folder
     checkpoint-STEP/ of safetensors files (torch.distributed.checkpoint; all ranks must call).
     """
-    name = f"checkpoint-{numbers['step']:09d}" if sharded else "checkpoint.safetensors"
-    before = [path for path in checkpoints(folder) if path.name != name]
+    name = f"checkpoint-{numbers['step']:09d}" if sharded else NEWEST
+    if ranks.is_main():
+        for path in _latest_first(folder)[1:]:  # at no time are there more than two
+            _remove(path)
+        if (folder / NEWEST).exists():
+            os.replace(folder / NEWEST, folder / BEFORE)
     if sharded:
         _save_shards(folder / name, training.tensors(), numbers)
     elif ranks.is_main():
         save_tensors(folder / name, training.tensors(), numbers)
-    if ranks.is_main():
-        for path in before:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def load_training(folder: Path, training: Training) -> dict[str, Any] | None:
-    """Put the newest checkpoint back, on as many ranks as there are now; returns its numbers, None if there is none."""
-    found = max(((_numbers(path)["step"], str(path)) for path in checkpoints(folder)), default=None)
-    found = ranks.broadcast(found)
-    if not found:
-        return None
-    path = Path(found[1])
+def load_training(
+    folder: Path, training: Training, on_warning: Callable[[str], None] | None = None
+) -> dict[str, Any] | None:
+    """Put the newest checkpoint back, on as many ranks as there are now; returns its numbers, None if there is none.
+
+    One that is damaged is removed, and on_warning told, if the one before is not. Damaged if all are.
+    """
+    failures: list[tuple[Path, str]] = []
+    for path in ranks.broadcast(_latest_first(folder)):
+        numbers, failure = None, ""
+        try:
+            numbers = _load(path, training)
+        except Damaged as error:
+            failure = str(error)
+        failure = next(filter(None, ranks.collect(failure)), "")
+        if failure:
+            failures.append((path, failure))
+            continue
+        if ranks.is_main():
+            for bad, why in failures:
+                _remove(bad)
+                if on_warning:
+                    on_warning(f"{why}; went on from the checkpoint before it, of step {numbers['step']}")
+        return numbers
+    if failures:
+        raise Damaged(f"{failures[0][1]}; remove it to start again")
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder."""
+    return sorted(p for p in folder.glob("checkpoint*") if p.name in (NEWEST, BEFORE) or p.is_dir())
+
+
+def _latest_first(folder: Path) -> list[Path]:
+    """The checkpoints, those first of which nobody can say how old they are."""
+
+    def age(path: Path) -> tuple[float, bool]:
+        try:
+            return -_numbers(path)["step"], path.name == BEFORE
+        except (Damaged, KeyError, TypeError):
+            return -float("inf"), path.name == BEFORE
+
+    return sorted(checkpoints(folder), key=age)
+
+
+def _load(path: Path, training: Training) -> dict[str, Any]:
+    """Put a checkpoint back; returns its numbers."""
     if path.is_dir():
-        _load_shards(path, training)
-        return _numbers(path)
+        numbers = _numbers(path)
+        _load_shards(path, training, numbers)
+        return numbers
     tensors, numbers = load_tensors(path)
+    if type(numbers.get("step")) is not int:
+        raise Damaged(f"{path} is damaged or not a checkpoint (it names no step)")
     training.prepare({name: t.shape for name, t in tensors.items()}, path)
     with torch.no_grad():
         for name, target in training.tensors().items():
@@ -139,9 +210,8 @@ def load_training(folder: Path, training: Training) -> dict[str, Any] | None:
     return numbers
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder."""
-    return sorted(p for p in folder.glob("checkpoint*") if p.name == "checkpoint.safetensors" or p.is_dir())
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _numbers(path: Path) -> dict[str, Any]:
@@ -151,8 +221,8 @@ def _numbers(path: Path) -> dict[str, Any]:
             return json.loads((path / "numbers.json").read_text())
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["json"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint ({error}); remove it to start again") from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged or not a checkpoint ({error})") from error
 
 
 def _save_shards(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
@@ -168,23 +238,47 @@ def _save_shards(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str
         dcp.save(_rows(tensors), storage_writer=writer)
     except dcp.CheckpointException as error:  # on every rank, whichever it was that could not write
         raise UserError(f"cannot write {path}: {_cause(error)}") from error
+    files = sorted(temporary.iterdir())
+    mine = {file.name: _file_sha256(file) for file in files[ranks.rank() :: ranks.world_size()]}
+    sums = {name: sha256 for part in ranks.collect(mine) for name, sha256 in part.items()}
     if ranks.is_main():
-        files = {file.name: file.stat().st_size for file in temporary.iterdir()}
-        write_file(temporary / "numbers.json", json.dumps(numbers | {"files": files}).encode())
+        sizes = {file.name: file.stat().st_size for file in files}
+        write_file(temporary / "numbers.json", json.dumps(numbers | {"files": sizes, "sha256": sums}).encode())
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     ranks.barrier()
 
 
-def _load_shards(path: Path, training: Training) -> None:
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_changed(path: Path, numbers: dict[str, Any]) -> None:
+    """Damaged, on every rank, if a file of a checkpoint is not what was written; each rank reads its share of them."""
+    why = ""
+    try:
+        sums = numbers.get("sha256", {})
+        for n, (name, size) in enumerate(sorted(numbers["files"].items())):
+            if (path / name).stat().st_size != size:
+                raise OSError(f"{name} is cut short")
+            mine = n % ranks.world_size() == ranks.rank()
+            if mine and name in sums and _file_sha256(path / name) != sums[name]:
+                raise OSError(f"{name} has changed since it was written")
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        why = str(error)
+    why = next(filter(None, ranks.collect(why)), "")
+    if why:
+        raise Damaged(f"{path} is damaged or not a checkpoint ({why})")
+
+
+def _load_shards(path: Path, training: Training, numbers: dict[str, Any]) -> None:
     import torch.distributed.checkpoint as dcp
 
     # reads safetensors headers; the default reader would unpickle a file that anybody may have written
     reader = dcp.HuggingFaceStorageReader(str(path))
+    _refuse_changed(path, numbers)
     try:
-        for name, size in _numbers(path)["files"].items():
-            if (path / name).stat().st_size != size:
-                raise OSError(f"{name} is cut short")
         found = reader.read_metadata().state_dict_metadata
         own = {f"model.{name}": t for name, t in training.model.state_dict().items()}
         shapes = {n: own[n].shape if n in own and own[n].ndim == 0 else item.size for n, item in found.items()}
@@ -193,7 +287,7 @@ def _load_shards(path: Path, training: Training) -> None:
             warnings.simplefilter("ignore", UserWarning)  # a single process may read what several have written
             dcp.load(_rows(training.tensors()), storage_reader=reader)
     except (OSError, SafetensorError, KeyError, dcp.CheckpointException) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint ({_cause(error)}); remove it to start again") from error
+        raise Damaged(f"{path} is damaged or not a checkpoint ({_cause(error)})") from error
 
 
 def _cause(error: Exception) -> str:

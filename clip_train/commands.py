@@ -13,6 +13,7 @@ import click
 from clip_train.console import (
     CONTEXT,
     Bars,
+    Whole,
     device_option,
     numbers_in,
     out_option,
@@ -21,6 +22,7 @@ from clip_train.console import (
     shards_option,
     training_options,
     training_settings,
+    warn,
     write_figures,
 )
 
@@ -30,14 +32,14 @@ from clip_train.console import (
 @out_option("shards")
 @click.option("--caption-column", "caption_columns", multiple=True, help="Column of captions; repeatable, in order.")
 @click.option("--image-column", default="", help="Column of the pictures: paths, bytes or (with --fetch) addresses.")
-@click.option("--resize", type=click.IntRange(1), help="Scale down to this many pixels on the short side.")
-@click.option("--min-size", type=click.IntRange(1), help="Reject pictures whose short side has fewer pixels.")
+@click.option("--resize", type=Whole(1), help="Scale down to this many pixels on the short side.")
+@click.option("--min-size", type=Whole(1), help="Reject pictures whose short side has fewer pixels.")
 @click.option("--drop-duplicates", is_flag=True, help="Reject pictures that came before, byte for byte.")
 @click.option("--fetch", is_flag=True, help="Download pictures that are given as http(s) addresses.")
 @click.option("--fetch-private", is_flag=True, help="With --fetch: from addresses in your own network, too.")
-@click.option("--per-shard", default=1000, show_default=True, type=click.IntRange(1), help="Rows per tar.")
+@click.option("--per-shard", default=1000, show_default=True, type=Whole(1), help="Rows per tar.")
 @click.option("--prefix", default="", help="Put before keys and tar names, to use several sources together.")
-@click.option("--threads", type=click.IntRange(1), help="Read and decode so many at once; by default one per core.")
+@click.option("--threads", type=Whole(1), help="Read and decode so many at once; by default one per core.")
 def shard(source: Path, out: Path, fetch: bool, fetch_private: bool, **options: Any) -> None:
     """Pack captioned pictures into tar shards.
 
@@ -72,14 +74,14 @@ def shard(source: Path, out: Path, fetch: bool, fetch_private: bool, **options: 
 
 @click.command("check", context_settings=CONTEXT)
 @click.argument("shards")
-@click.option("--batch-size", type=click.IntRange(1), help="Samples per step that training is to use, all ranks.")
-@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that are to train.")
-@click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Reading processes per rank.")
-@click.option("--context-length", default=77, show_default=True, type=click.IntRange(3), help="Tokens the model reads.")
-@click.option("--distance", default=4, show_default=True, type=click.IntRange(0, 12), help="Bits between look-alikes.")
+@click.option("--batch-size", type=Whole(1), help="Samples per step that training is to use, all ranks.")
+@click.option("--ranks", default=1, show_default=True, type=Whole(1), help="Processes that are to train.")
+@click.option("--workers", default=0, show_default=True, type=Whole(0), help="Reading processes per rank.")
+@click.option("--context-length", default=77, show_default=True, type=Whole(3), help="Tokens the model reads.")
+@click.option("--distance", default=4, show_default=True, type=Whole(0, 12), help="Bits between look-alikes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the whole report to this json file.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write groups of look-alikes to this PNG.")
-@click.option("--threads", type=click.IntRange(1), help="Decode so many pictures at once; by default one per core.")
+@click.option("--threads", type=Whole(1), help="Decode so many pictures at once; by default one per core.")
 def data_check(shards: str, out: Path | None, sheet: Path | None, **options: Any) -> None:
     """Find what is wrong with SHARDS: damage, captions, pictures, duplicates; exit code 2 if training cannot work.
 
@@ -116,7 +118,7 @@ def data_check(shards: str, out: Path | None, sheet: Path | None, **options: Any
 @shards_option("As for unclip train clip; URLs and pipe: commands too.")
 @click.option("--clip", type=click.Path(path_type=Path), help="Folder of the model to time, in place of a preset.")
 @click.option("--preset", default="tiny", show_default=True, help="tiny, small, vit-b-32 or vit-b-16.")
-@click.option("--batch-size", type=click.IntRange(2), help="Samples per step of one device; the preset's by default.")
+@click.option("--batch-size", type=Whole(2), help="Samples per step of one device; the preset's by default.")
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0), help="Time for the model's part.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this json file.")
 @click.option("--json", "as_json", is_flag=True, help="Print json, as when the output is piped.")
@@ -224,7 +226,7 @@ def train_clip(
         allow_http=allow_http,
         device=device,
         on_progress=Bars("train clip"),
-        on_warning=lambda line: say(f"warning: {line}"),
+        on_warning=warn,
     )
     done = made.result
     if done["bad_pictures"]:
@@ -298,8 +300,8 @@ def wise_ft(
 @shards_option("Folder of tars, a tar, a glob or a {000..010} range.")
 @click.option("--clip", required=True, help="CLIP folder, or open_clip's MODEL:TAG, as ViT-B-32:laion2b_s34b_b79k.")
 @out_option("emb")
-@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes; of Ray, actors.")
+@click.option("--batch-size", default=256, show_default=True, type=Whole(1), help="Pictures at a time.")
+@click.option("--workers", default=1, show_default=True, type=Whole(1), help="Processes; of Ray, actors.")
 @click.option(
     "--engine",
     default="auto",
@@ -368,7 +370,7 @@ def embed(shards: str, clip: str, out: Path, engine: str, device: str, **options
 )
 @click.option("--arithmetic", multiple=True, metavar="'A - B + C'", help="Rank words by a sum instead; repeatable.")
 @click.option("--words", type=click.Path(path_type=Path), help="Words for --arithmetic; by default of the captions.")
-@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
+@click.option("--batch-size", default=256, show_default=True, type=Whole(1), help="Pictures at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print json, as when the output is piped.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this json file.")
 @device_option

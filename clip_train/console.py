@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,28 @@ from typing import Any
 import click
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+# of captions and names that strangers wrote: a terminal would obey them, or show words backwards
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """The text without characters that a terminal does not show but do."""
+    return OBEYED.sub("\ufffd", text)
+
+
+LARGEST = 100_000_000  # of all that can be counted
+
+
+class Whole(click.IntRange):
+    """A number of things: within its range, and not larger than anything that there is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = super().convert(value, param, ctx)
+        if number > LARGEST:
+            self.fail(f"{number} is more than {LARGEST}.", param, ctx)
+        return number
 
 
 def is_main() -> bool:
@@ -22,7 +45,12 @@ def say(text: str) -> None:
     if Bars.moving is not None:
         Bars.moving.close()
     if is_main():
-        click.echo(text, err=True)
+        click.echo(harmless(text), err=True)
+
+
+def warn(text: str) -> None:
+    """on_warning of the library's long calls."""
+    say(f"warning: {text}")
 
 
 class Bars:
@@ -86,9 +114,9 @@ def shards_option(text: str, required: bool = True) -> Callable:
 def training_options(command: Callable) -> Callable:
     """What the three trainers share."""
     for option in (
-        click.option("--steps", type=click.IntRange(1), help="Optimizer steps."),
+        click.option("--steps", type=Whole(1), help="Optimizer steps."),
         click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train for about this long instead."),
-        click.option("--batch-size", type=click.IntRange(1), help="Samples per step, all ranks together."),
+        click.option("--batch-size", type=Whole(1), help="Samples per step, all ranks together."),
         click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate."),
         click.option("--seed", type=click.IntRange(0), help="Seed of everything random."),
         click.option("--caption-mix", help="Weights of a sample's 1st, 2nd, ... caption, e.g. 0.3,0.7."),
@@ -130,7 +158,7 @@ def print_table(head: tuple[str, ...], rows: list[tuple]) -> None:
     """Columns as wide as they need to be; the last one is cut at the edge of the terminal."""
     import shutil
 
-    lines = [tuple(" ".join(str(cell).split()) for cell in row) for row in [head, *rows]]
+    lines = [tuple(harmless(" ".join(str(cell).split())) for cell in row) for row in [head, *rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     edge = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 10_000
     for line in lines:

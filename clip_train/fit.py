@@ -63,6 +63,8 @@ class FitConfig:
             raise UserError("training needs steps or minutes above 0")
         if self.steps > 0 and self.minutes > 0:
             raise UserError(f"steps = {self.steps} and minutes = {self.minutes:g} contradict each other; set one to 0")
+        if max(self.batch_size, self.steps, self.accumulate) > 2**40:
+            raise UserError(f"batch_size {self.batch_size}, steps {self.steps} and accumulate must be at most 2^40")
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         for name, known in (("precision", PRECISIONS), ("parallel", KINDS)):
@@ -105,6 +107,7 @@ def fit(
     lr_scales: Mapping[str, float] | None = None,
     on_log: OnLog | None = None,
     validate: Validate | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> FitResult:
     """Train `model` in place; write metrics.jsonl and checkpoints into `folder`; go on from the checkpoint found there.
 
@@ -112,6 +115,7 @@ def fit(
     after each update, e.g. to clamp a parameter (with fsdp only single numbers: other weights come back at the end).
     `lr_scales`: parameter name -> factor on the learning rate. `on_log` gets each line of metrics.jsonl. The numbers
     of `validate` are logged as val_NAME; training goes on as if it had not been called.
+    on_warning gets a line if a checkpoint is damaged and the one before is gone on from.
     Raises UserError, naming the step, when a gradient is not finite.
     """
     device = torch.device(device)
@@ -134,7 +138,7 @@ def fit(
     averaged = average.tensors if average else None
     training = Training(team.model, optimizer, averaged, power.tensors if power else None)
     step, seconds, kept = 0, 0.0, -1  # kept: step of the checkpoint
-    if found := load_training(folder, training):
+    if found := load_training(folder, training, on_warning):
         step, seconds, kept = found["step"], found["seconds"], found["step"]
         scale.load(found["scale"])
     log = StepLog(folder / "metrics.jsonl", step, on_log)

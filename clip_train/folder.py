@@ -92,11 +92,60 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
     try:
         data = json.loads(path.read_text())
         manifest = Manifest(**data, folder=folder)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        _refuse_malformed(manifest)
+    except (ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}){maker}") from error
     if kind and manifest.kind != kind:
         raise UserError(f"{folder}/ is of kind {manifest.kind}, but {kind} is needed here{maker}")
     return manifest
+
+
+def _refuse_malformed(manifest: Manifest) -> None:
+    """ValueError if a field is not of the type that it is read as, or an input or a result is missing."""
+    for name in ("kind", "command", "fingerprint", "version", "created"):
+        if not isinstance(getattr(manifest, name), str):
+            raise ValueError(f"its {name} is not a text")
+        getattr(manifest, name).encode()  # json can hold half a surrogate pair
+    for name in ("config", "inputs", "result"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"its {name} is not an object")
+    inputs, result = manifest.inputs, manifest.result
+    for name, recorded in inputs.items():
+        texts = isinstance(recorded, dict) and all(isinstance(recorded.get(n), str) for n in ("fingerprint", "path"))
+        if not texts or "\0" in recorded["path"]:
+            raise ValueError(f"its input {name} has no fingerprint or no path")
+    of_clip = ("embeddings", "index", "prior", "decoder", "upsampler")
+    if manifest.kind in of_clip and "clip" not in inputs:
+        raise ValueError("it names no clip among its inputs")
+    if manifest.kind == "index":
+        for name in ("rows", "dim"):
+            if type(result.get(name)) is not int or result[name] < 1:
+                raise ValueError(f"its result has no number of {name}")
+        _refuse_sources(inputs, result)
+    shards = result.get("shards", [])  # their names; shards folders have their number
+    if manifest.kind in ("embeddings", "index") and not _are_texts(shards):
+        raise ValueError("its shards are not a list of names")
+
+
+def _refuse_sources(inputs: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """ValueError unless the sources of a compacted index name inputs, and are as many rows as it is made of."""
+    sources = result.get("sources", [])
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        raise ValueError("its sources are not a list of objects")
+    for source in sources:
+        named = source.get("inputs")
+        if not isinstance(named, dict) or not {"embeddings", "clip"} <= named.keys():
+            raise ValueError("a source names no embeddings or no clip")
+        if not all(isinstance(name, str) and name in inputs for name in named.values()):
+            raise ValueError("a source names inputs that are not there")
+        if type(source.get("rows")) is not int or not _are_texts(source.get("shards")):
+            raise ValueError("a source has no number of rows or no shards")
+    if not sources and "embeddings" not in inputs:
+        raise ValueError("it names no embeddings among its inputs")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and "\0" not in one for one in value)
 
 
 def partial_of(out: Path | str) -> Path:
@@ -184,6 +233,9 @@ class Workspace:
                 done = read_manifest(out)
                 if done.fingerprint != replaces:
                     _refuse_other(f"{out}/", plan, dataclasses.asdict(done), "choose another --out or remove it", base)
+                    if (out / "plan.json").exists():  # killed between the last rename and the end of publish()
+                        with contextlib.suppress(OSError):
+                            _sweep(out)
                     return cls(out, out, plan, done, None)
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -222,7 +274,10 @@ class Workspace:
         if started.exists():
             try:
                 before = json.loads(started.read_text())
-            except json.JSONDecodeError as error:
+                inputs = before["inputs"].values() if isinstance(before["config"], dict) else ()
+                if before.keys() != plan.keys() or not all(isinstance(one.get("path"), str) for one in inputs):
+                    raise ValueError("not a plan")
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{started} is damaged; remove {self.path}/ to start again") from error
             if any(path.name not in (*LOCKS, "plan.json") for path in self.path.iterdir()):
                 here = Path(os.path.relpath(self.path))
@@ -257,8 +312,7 @@ class Workspace:
         So a process killed anywhere in here leaves either all that it needs to go on, or a whole folder.
         """
         skip = {"metrics.jsonl", "curves.png", "plan.json", MANIFEST, *LOCKS}
-        leftovers = [self.path / "scratch", self.path / "plan.json", *self.path.glob("checkpoint*")]
-        leftovers += self.path.rglob(".*")
+        leftovers = _leftovers(self.path)
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
         # what trackers and post-hoc averages are made of stays, and is not what the folder is for
         aside = [*leftovers, self.path / "logs", self.path / "snapshots"]
@@ -280,11 +334,20 @@ class Workspace:
         elif self.out.exists():  # an empty folder the user made beforehand
             self.out.rmdir()
         os.rename(self.path, self.out)
-        for left in leftovers:
-            left = self.out / left.relative_to(self.path)
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        _sweep(self.out)
         self.release()
         return manifest
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What only an unfinished folder needs; plan.json last, so that it stays as long as there are others."""
+    return [folder / "scratch", *folder.glob("checkpoint*"), *folder.rglob(".*"), folder / "plan.json"]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a folder that is finished needs no more."""
+    for left in _leftovers(folder):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -313,6 +376,8 @@ def fingerprint_json(value: Any) -> str:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file so that it is either the old one or the new one, whole, even if the machine stops in between."""
+    if path.is_dir():  # "." and "" too, which have no name of their own
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -325,9 +390,19 @@ def write_file(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def without_secrets(address: str) -> str:
+    """The addresses in a text without user names, passwords and queries, which may be signed; for all that is kept or
+    said. Of a shell command (pipe:), also without what curl and its kin are told after -u, -H and the like."""
+    if "pipe:" in address:
+        told = r"""(?<!\S)(-u|-H|--user|--header|--oauth2-bearer|--password)([ =]\s*)('[^']*'|"[^"]*"|\S+)"""
+        address = re.sub(told, r"\1\2...", address)
+    plain = re.sub(r"://[^/\s'\"]*@", "://", address)
+    return re.sub(r"""(://[^\s'"?]*)\?[^\s'"]*?(?=::|['"\s]|$)""", r"\1", plain)
+
+
 def _relative(path: Path | str, base: Path) -> str:
     if re.search(r"pipe:|://", str(path)):  # an address stands for itself, without its passwords
-        return re.sub(r"\?[^:]*", "", re.sub(r"://[^/@:]*(:[^/@]*)?@", "://", str(path)))
+        return without_secrets(str(path))
     if ":" in str(path) and "::" not in str(path) and not os.path.exists(path):  # a name such as ViT-B-32:openai
         return str(path)
     return os.path.relpath(os.path.abspath(path), base)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_train import depth
+from clip_train.byte_pairs import simple_tokenizer
 from clip_train.checkpoint import load_tensors, load_weights, save_tensors
 from clip_train.folder import fingerprint_files, write_file
 from clip_train.pictures import to_pixels
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 MAX_LOGIT_SCALE = 100.0  # CLIP section 2.5: the temperature is kept from falling below 1/100
+# of a config, the numbers that decide how large a model is built, and the most that each may be
+SIZES = {"image_size": 10_000, "patch_size": 10_000, "width": 100_000, "heads": 10_000, "layers": 1000}
+SIZES |= {"head_width": 10_000, "context_length": 100_000, "vocab_size": 10_000_000, "embed_dim": 100_000}
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -39,6 +44,23 @@ def preprocess_config(size: int) -> dict[str, Any]:
         "resize_mode": "shortest",
         "fill_color": 0,
     }
+
+
+def _refuse_malformed(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> None:
+    """ValueError for what open_clip would take for a model, but which is none: of no size, or of an absurd one."""
+    for where in ({"embed_dim": model_cfg["embed_dim"]}, model_cfg["vision_cfg"], model_cfg["text_cfg"]):
+        for name, value in where.items():
+            numbers = value if isinstance(value, list) and value else [value]
+            if name in SIZES and not all(type(n) is int and 0 < n <= SIZES[name] for n in numbers):
+                raise ValueError(f"{name} = {value!r}")
+    size = preprocess_cfg["size"]
+    sides = [size] if isinstance(size, int) else size
+    if len(sides) not in (1, 2) or not all(type(n) is int and 0 < n <= SIZES["image_size"] for n in sides):
+        raise ValueError(f"size = {size!r}")
+    for name, least in (("mean", -math.inf), ("std", 0)):
+        numbers = preprocess_cfg[name]
+        if len(numbers) != 3 or not all(type(n) in (int, float) and least < n < math.inf for n in numbers):
+            raise ValueError(f"{name} = {numbers!r}")
 
 
 def pixel_maker(preprocess_cfg: dict[str, Any]) -> Callable[["Image.Image"], torch.Tensor]:
@@ -140,12 +162,14 @@ class Clip(nn.Module):
             config = json.loads(path.read_text())
             model_cfg, size = config["model_cfg"], config["model_cfg"]["vision_cfg"].get("image_size", 224)
             preprocess_cfg = preprocess_config(size if isinstance(size, int) else size[0]) | config["preprocess_cfg"]
+            _refuse_malformed(model_cfg, preprocess_cfg)
+            pixel_maker(preprocess_cfg)
         except FileNotFoundError as error:
             raise UserError(
                 f"{path} does not exist; train one: unclip train clip --out {folder} "
                 f"(or name one of open_clip's, such as ViT-B-32:laion2b_s34b_b79k)"
             ) from error
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             raise UserError(f"{path} is not an open_clip config ({error})") from error
         clip = cls(model_cfg, preprocess_cfg)
         tensors, _ = load_tensors(folder / WEIGHTS_FILE)
@@ -209,14 +233,10 @@ class Clip(nn.Module):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """open_clip's byte-pair tokenizer at this model's context length, or the one of transformers that it names."""
-        import open_clip
-
         text = self.model_cfg["text_cfg"]
         if text.get("hf_tokenizer_name"):
             return self._foreign_tokenizer(text)
-        return open_clip.SimpleTokenizer(
-            context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs") or {}
-        )
+        return simple_tokenizer(context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs") or {})
 
     def _foreign_tokenizer(self, text: dict[str, Any]) -> Any:
         from open_clip.tokenizer import HFTokenizer

@@ -91,6 +91,16 @@ def decode_picture(data: bytes, max_pixels: float = MAX_PIXELS, least: int = 0) 
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy file of zeros to write into. OSError if the disk has no room for all of it: without that, the process
+    would be killed (SIGBUS) where it writes what does not fit."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def pixel_count(data: bytes) -> int:
     """How many pixels the picture in a file's bytes has, by its header; 0 if decode_picture cannot read it."""
     try:
@@ -324,7 +334,7 @@ class Pictures:
         temporary = folder / f".{name}.{own_rank()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self._shape)
+            array = new_array(temporary, np.uint8, self._shape)
             bad = self._decode(range(len(array)), lambda row, pixels: _put(array, row, pixels), on_progress)
             array.flush()
             os.replace(temporary, file)

@@ -28,7 +28,7 @@ from clip_train.tars import Span, read_members
 if TYPE_CHECKING:
     from PIL import Image
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 # a sample's numbers in the index: where its files lie in the tar (-1: it has none), and what its picture is
 PICTURE, TXT, JSON, CLS, EXT, CRC32 = 0, 2, 4, 6, 8, 9  # offset and size, four times; which of PICTURES; its crc32
 NUMBERS = 10
@@ -299,10 +299,9 @@ def _index_of(path: Path) -> dict[str, Any]:
         try:
             index = json.loads(place.read_bytes())
             if (index["version"], index["size"], index["mtime_ns"]) == (INDEX_VERSION, stat.st_size, stat.st_mtime_ns):
-                _numbers(index)
-                if index.keys() >= {"sha256", "suffixes", "blind", "mute"}:
+                if index.pop("crc32") == _crc32(index):
                     return index
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # not there, or damaged: made anew below
     try:
         index = _build_index(path)
@@ -311,10 +310,19 @@ def _index_of(path: Path) -> dict[str, Any]:
     # root may write anywhere, but a folder without any write permission is meant to stay as it is
     if not path.parent.stat().st_mode & 0o222:
         places = places[1:]
+    data = json.dumps(index | {"crc32": _crc32(index)}, separators=(",", ":")).encode()
     for place in places:
-        if _save(place, json.dumps(index, separators=(",", ":")).encode()):
+        if _save(place, data):
             break
     return index
+
+
+def _crc32(index: dict[str, Any]) -> int:
+    """Of all that an index says: one that was changed by anybody but us is made anew, not believed."""
+    small = [index[name] for name in ("version", "size", "mtime_ns", "sha256", "suffixes", "blind", "mute")]
+    crc = zlib.crc32(json.dumps(small, sort_keys=True).encode())
+    crc = zlib.crc32("\0".join(index["keys"]).encode("utf-8", "surrogatepass"), crc)
+    return zlib.crc32(index["numbers"].encode(), crc)
 
 
 def _cache_place(path: Path) -> Path:

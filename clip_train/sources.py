@@ -99,7 +99,12 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _name(file: Path, folder: Path) -> str:
-    return os.fsencode(file.relative_to(folder).as_posix()).decode("utf-8", "replace")
+    return _utf8(file.relative_to(folder).as_posix())
+
+
+def _utf8(name: str) -> str:
+    """A name of any bytes as text that can be written; Python keeps bytes that are not UTF-8 as lone surrogates."""
+    return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if not name.isascii() else name
 
 
 # Folders
@@ -224,6 +229,8 @@ def _in_tar(tar: Path) -> tuple[TarMembers, dict[str, str]]:
     failed = {}
     if table.is_file():
         for record in _read_parquet(table, ["key", "url", "status", "error_message"]):
+            if isinstance(record, str):
+                continue
             key, status = str(record.get("key")), record.get("status", "success")
             if status != "success" and key not in members.samples:
                 why = " ".join(str(record.get("error_message") or "").split())
@@ -234,7 +241,7 @@ def _in_tar(tar: Path) -> tuple[TarMembers, dict[str, str]]:
 def _tar_rows(tar: Path, name: str, columns: Columns) -> Iterator[Row]:
     members, failed = _in_tar(tar)
     for key, parts in members.samples.items():
-        source = f"{name}/{key}"
+        source = f"{name}/{_utf8(key)}"
         suffix = next((s for s in parts if f".{s}" in SUFFIXES), None)
         if suffix is None:
             yield Row(source=source, problem="no picture: " + ", ".join(f".{s}" for s in parts))
@@ -246,7 +253,7 @@ def _tar_rows(tar: Path, name: str, columns: Columns) -> Iterator[Row]:
             continue
         yield _described(source, InTar(tar, parts[suffix]), text, meta, columns)
     for member in members.twice:
-        yield Row(source=f"{name}/{member}", problem="twice in its tar")
+        yield Row(source=f"{name}/{_utf8(member)}", problem="twice in its tar")
     if members.damage:
         yield Row(source=name, problem=f"damaged tar: {members.damage}")
     for key, why in failed.items():
@@ -398,8 +405,9 @@ def _is_parquet(table: Path) -> bool:
 
 def _read_parquet(
     table: Path, columns: Sequence[str] | None = None, strings_only: bool = False
-) -> Iterator[dict[str, Any]]:
-    """columns: read no others. strings_only: and of these only the ones that hold text (pictures are large)."""
+) -> Iterator[dict[str, Any] | str]:
+    """Rows as _records() gives them. columns: read no others. strings_only: and of these only the ones that hold text
+    (pictures are large)."""
     import pyarrow
     import pyarrow.parquet
 
@@ -414,9 +422,21 @@ def _read_parquet(
                 yield from ({} for _ in range(file.metadata.num_rows))
                 return
             for batch in file.iter_batches(batch_size=256, columns=wanted):
-                yield from batch.to_pylist()
+                yield from _rows_of(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{table} cannot be read as Parquet: {error}") from error
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch of Parquet, whose texts nobody has checked."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(len(batch)):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield "its text is not UTF-8"
 
 
 def _parquet_columns(table: Path) -> list[str]:

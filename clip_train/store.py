@@ -17,7 +17,6 @@ import json
 import os
 import threading
 import weakref
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +29,8 @@ from clip_train.settings import UserError
 
 NORM_TOLERANCE = 5e-3  # a unit row rounded to float16 is off by less than 1e-3
 KEPT_BYTES = 512_000_000  # of metadata that stays in memory; beyond it a row costs the reading of its part
+# what numpy raises of damaged .npy files, those that declare more rows than any memory holds among them
+UNREADABLE = (OSError, ValueError, EOFError, ArithmeticError, MemoryError, SyntaxError)
 SAMPLED_ROWS = 4096  # rows whose values open() looks at
 
 
@@ -41,8 +42,8 @@ class EmbeddingStore:
         self.manifest = manifest
         self.table = MetadataTable(folder / "metadata")
         self.names = [path.stem.removeprefix("metadata_") for path in self.table.paths]
-        self.image_parts = [_map(folder / "img_emb" / f"img_emb_{name}.npy") for name in self.names]
-        self.text_parts = [_map(folder / "text_emb" / f"text_emb_{name}.npy") for name in self.names]
+        self.image_parts = [_map(path) for path in self._paths("img_emb")]
+        self.text_parts = [_map(path) for path in self._paths("text_emb")]
         self.starts = self.table.starts  # part p holds rows starts[p] .. starts[p + 1]
 
     @classmethod
@@ -101,13 +102,20 @@ class EmbeddingStore:
         """(M, D) float32 embeddings of all captions, and (M,) the row of the store that each belongs to, ascending."""
         emb, row = [], []
         for start, count, name in zip(self.starts, self.table.counts, self.names, strict=False):
-            emb.append(np.asarray(_map(self.folder / "captions_emb" / f"captions_emb_{name}.npy"), dtype=np.float32))
+            emb.append(_map(self.folder / "captions_emb" / f"captions_emb_{name}.npy"))
+            if emb[-1].dtype.kind == "f":  # else refused below
+                emb[-1] = np.asarray(emb[-1], dtype=np.float32)
             row.append(_map(self.folder / "captions_emb" / f"captions_row_{name}.npy"))
-            if emb[-1].shape != (len(row[-1]), self.dim) or set(np.unique(row[-1])) != set(range(count)):
+            if row[-1].ndim != 1 or row[-1].dtype.kind not in "iu" or (np.diff(row[-1]) < 0).any():
+                row[-1] = np.empty(0, dtype=np.int64)  # refused below
+            wide = (len(row[-1]), self.dim)
+            if emb[-1].dtype != np.float32 or emb[-1].shape != wide or set(np.unique(row[-1])) != set(range(count)):
                 raise UserError(
                     f"{self.folder}/captions_emb/ part {name} is {emb[-1].shape} for {len(row[-1])} captions of "
                     f"{count} rows of width {self.dim}; {_AGAIN}"
                 )
+            if (bad := first_not_unit(emb[-1])) is not None:
+                raise UserError(f"{self.folder}/captions_emb/ part {name}, row {bad} is not of length 1; {_AGAIN}")
             row[-1] = row[-1] + start
         return np.concatenate(emb), np.concatenate(row)
 
@@ -133,7 +141,13 @@ class EmbeddingStore:
             out[mine] = parts[p][rows[mine] - self.starts[p]]
         return out
 
+    def _paths(self, *kinds: str) -> list[Path]:
+        return [self.folder / kind / f"{kind}_{name}.npy" for kind in kinds for name in self.names]
+
     def _check(self) -> None:
+        for path, rows in zip(self._paths("img_emb", "text_emb"), [*self.image_parts, *self.text_parts], strict=True):
+            if rows.ndim < 1 or rows.dtype.kind != "f":
+                raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}, not rows of numbers; {_AGAIN}")
         width = self.image_parts[0].shape[1:]
         share = -(-SAMPLED_ROWS // len(self.names))
         for p, name in enumerate(self.names):
@@ -154,7 +168,7 @@ class EmbeddingStore:
                 if bad is not None:
                     raise UserError(
                         f"{self.folder}/{kind}/ part {name}, row {looked_at[bad]} has length "
-                        f"{np.linalg.norm(rows[looked_at[bad]].astype(np.float32)):.3g}, not 1; {_AGAIN}"
+                        f"{np.linalg.norm(rows[looked_at[bad]].astype(np.float64)):.3g}, not 1; {_AGAIN}"
                     )
 
 
@@ -166,9 +180,12 @@ class MetadataTable:
 
         self.paths = sorted(folder.glob("*.parquet"))
         try:
-            self.counts = [pq.read_metadata(path).num_rows for path in self.paths]
+            parts = [pq.read_metadata(path) for path in self.paths]
+            for path, part in zip(self.paths, parts, strict=True):
+                _refuse_columns(part.schema.to_arrow_schema(), path)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
             raise UserError(f"{folder}/ cannot be read: {_line(error)}; {_AGAIN}") from error
+        self.counts = [part.num_rows for part in parts]
         self.starts = np.cumsum([0, *self.counts])
         read = weakref.WeakMethod(self._read)  # no circle: a table that goes lets go of its files at once
         self._part = _LastRead(lambda part: read()(part), KEPT_BYTES)
@@ -198,10 +215,35 @@ class MetadataTable:
         import pyarrow.parquet as pq
 
         try:
-            file = pq.ParquetFile(self.paths[part])
-            return file.read(columns=None if columns is None else [c for c in columns if c in file.schema_arrow.names])
+            return checked_table(pq.ParquetFile(self.paths[part]), columns)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.paths[part]} cannot be read: {_line(error)}; {_AGAIN}") from error
+
+
+def checked_table(file: Any, columns: Sequence[str] | None) -> Any:
+    """The table in a file, or those of the columns that it has; ValueError for texts that are not UTF-8,
+    and for rows without a key."""
+    table = file.read(columns=None if columns is None else [c for c in columns if c in file.schema_arrow.names])
+    table.validate(full=True)
+    if "image_path" in table.column_names and table.column("image_path").null_count:
+        raise ValueError("a row has no image_path, its key")
+    return table
+
+
+def _refuse_columns(schema: Any, path: Path) -> None:
+    """ValueError unless there are keys, and each column once."""
+    import pyarrow as pa
+
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{path.name} has a column twice")
+    texts = {pa.string(), pa.large_string()}
+    for name in ("image_path", "caption"):
+        if name in schema.names and schema.field(name).type not in texts:
+            raise ValueError(f"the column {name} of {path.name} does not hold texts")
+    if "captions" in schema.names and not pa.types.is_nested(schema.field("captions").type):
+        raise ValueError(f"the column captions of {path.name} does not hold lists")
+    if "image_path" not in schema.names:
+        raise ValueError(f"{path.name} has no column image_path")
 
 
 class _LastRead:
@@ -305,7 +347,8 @@ def _link(old: Path, new: Path) -> None:
 
 def first_not_unit(rows: np.ndarray) -> int | None:
     """The first of (N, D) rows that is not finite or not of length 1."""
-    norms = np.linalg.norm(np.asarray(rows, dtype=np.float32), axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(np.asarray(rows, dtype=np.float32), axis=1)
     bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # not (..) also catches NaN
     return int(bad[0]) if len(bad) else None
 
@@ -315,11 +358,20 @@ _AGAIN = "make it again: unclip embed"
 
 def _map(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return _load(path, mmap_mode="r")
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {_AGAIN}") from error
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is damaged: {_line(error)}; {_AGAIN}") from error
+
+
+def _load(path: Path | str, mmap_mode: str | None = None) -> np.ndarray:
+    """The array in a .npy file; neither a pickle nor an .npz of several, which numpy would look into."""
+    with open(path, "rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError("not a .npy file")
+    with np.errstate(all="ignore"):  # a header may declare more rows than can be counted
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
 
 
 def _line(error: Exception) -> str:
@@ -361,11 +413,10 @@ def _column(values: list[Any]) -> Any:
 def read_vectors(path: Path | str) -> np.ndarray:
     """The rows of a .npy file, (Q, D) float32; one vector (D,) is one row. UserError if it holds anything else."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        rows = _load(path)
+    except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as a .npy file of vectors ({_line(error)})") from error
-    rows = rows[None] if getattr(rows, "ndim", 0) == 1 else rows
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.dtype.kind not in "fiu" or not rows.size:
-        shape = getattr(rows, "shape", type(rows).__name__)
-        raise UserError(f"{path} holds {shape} of {getattr(rows, 'dtype', 'no type')}, not vectors (Q, D)")
+    rows = rows[None] if rows.ndim == 1 else rows
+    if rows.ndim != 2 or rows.dtype.kind not in "fiu" or not rows.size:
+        raise UserError(f"{path} holds {rows.shape} of {rows.dtype}, not vectors (Q, D)")
     return np.ascontiguousarray(rows, dtype=np.float32)

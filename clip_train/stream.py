@@ -34,13 +34,13 @@ import numpy as np
 import torch
 
 from clip_train.captions import check_mix, group_id, pick_caption, text_id, uniform_of
-from clip_train.folder import fingerprint_json
+from clip_train.folder import fingerprint_json, without_secrets
 from clip_train.model import Clip
 from clip_train.pictures import PictureError, pixels_of
 from clip_train.sample import PICTURES, Sample, captions_of, json_object, why_no_caption
 from clip_train.settings import UserError
 from clip_train.shards import expand_braces, list_shards
-from clip_train.tars import split_name
+from clip_train.tars import UNREADABLE, split_name
 
 _URL = re.compile(r"pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://")
 STAND_INS = 8  # samples after a batch that may stand in for bad ones of it
@@ -64,7 +64,12 @@ def list_urls(spec: str, allow_http: bool = False) -> list[str]:
             urls += [str(path) for path in list_shards(part)]
         elif part.startswith(("http://", "https://")):
             if not allow_http:
-                raise UserError(f"{part}: shards are fetched over http only where that is allowed: --allow-http")
+                raise UserError(
+                    f"{without_secrets(part)}: shards are fetched over http only where that is allowed: --allow-http"
+                )
+            if "@" in part.split("/")[2]:  # urllib would send no password, and tell it in its error
+                say = f"{without_secrets(part)}: a user name or password is not sent over http"
+                raise UserError(f"{say}; fetch it by a command: pipe:curl --netrc ADDRESS")
             urls += expand_braces(part)
         else:
             urls += [url for one in expand_braces(part) for url in _listed(one)]
@@ -96,7 +101,7 @@ def _listed(url: str) -> list[str]:
         scheme = url.split("://")[0]
         found = sorted(files.glob(files._strip_protocol(url + "*.tar" if url.endswith("/") else url)))
     if not found:
-        raise UserError(f"no shards: {url} names nothing")
+        raise UserError(f"no shards: {without_secrets(url)} names nothing")
     return [f"{scheme}://{path}" for path in found]
 
 
@@ -109,10 +114,10 @@ def _fsspec(url: str) -> Iterator[Any]:
         yield fsspec
     except ImportError as error:
         raise UserError(
-            f"{url} cannot be opened: {error} (pip install fsspec, s3fs for s3://, gcsfs for gs://)"
+            f"{without_secrets(url)} cannot be opened: {error} (pip install fsspec, s3fs for s3://, gcsfs for gs://)"
         ) from error
     except ValueError as error:  # an unknown scheme
-        raise UserError(f"{url} cannot be opened: {error}") from error
+        raise UserError(f"{without_secrets(url)} cannot be opened: {error}") from error
 
 
 # One shard
@@ -182,7 +187,7 @@ def read_shard(url: str) -> Iterator[Sample | tuple[str, str]]:
     with _opened(url) as stream:
         try:
             tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member)
-        except tarfile.TarError as error:
+        except UNREADABLE as error:
             raise BrokenShard("it is no tar, or an empty file") from error
         key, parts = "", {}
         try:
@@ -197,7 +202,7 @@ def read_shard(url: str) -> Iterator[Sample | tuple[str, str]]:
                 key = own
                 wanted = suffix in ("txt", "json", "cls", *PICTURES)
                 parts[suffix] = tar.extractfile(member).read() if wanted else b""
-        except tarfile.TarError as error:
+        except UNREADABLE as error:
             raise BrokenShard(f"cut short or damaged ({error})") from error
         if not getattr(tar, "whole", False):
             raise BrokenShard("cut short or damaged")
@@ -460,9 +465,9 @@ class StreamBatches:
                             self._note_bad(*item)
                             reasons[item[1]] += 1
                 if broken and not self.skip_broken:
-                    raise UserError(f"{url} cannot be read: {broken}; mend it, or leave it out of the shards")
+                    raise UserError(f"{without_secrets(url)} cannot be read: {broken}; mend it, or leave it out")
                 if broken:
-                    self.broken.append((url, str(broken)))
+                    self.broken.append((without_secrets(url), str(broken)))
                     reasons[str(broken)] += 1
                 self._journal.note(shard, url, given, cut=broken is not None)
                 drop = max(drop - given, 0)
@@ -513,11 +518,11 @@ class _Journal:
                 if path == self._file:
                     self._own[line["shard"]] = line
                 if not line["cut"]:
-                    self._of_url[line["url"]] = line["samples"]
+                    self._of_url[line.get("of", fingerprint_json(line["url"]))] = line["samples"]
 
     def length(self, shard: int, url: str) -> int | None:
         """Samples of the rank's n-th shard; None if it is not known."""
-        return self._own[shard]["samples"] if shard in self._own else self._of_url.get(url)
+        return self._own[shard]["samples"] if shard in self._own else self._of_url.get(fingerprint_json(url))
 
     def cut_at(self, shard: int) -> int | None:
         """After how many samples the rank's n-th shard broke off and was left, if it was."""
@@ -529,11 +534,14 @@ class _Journal:
         if shard in self._own:
             before = self._own[shard]["samples"]
             if before != samples:
-                raise UserError(f"{url} had {before} samples before, and {samples} now; start again with another --out")
+                say = f"{before} samples before, and {samples} now; start again with another --out"
+                raise UserError(f"{without_secrets(url)} had {say}")
             return
-        self._own[shard] = {"shard": shard, "url": url, "samples": samples, "cut": cut}
+        of = fingerprint_json(url)  # the address itself may hold a password
+        entry = {"shard": shard, "url": without_secrets(url), "of": of, "samples": samples, "cut": cut}
+        self._own[shard] = entry
         if not cut:
-            self._of_url[url] = samples
+            self._of_url[of] = samples
         if self._file is None:
             return
         try:

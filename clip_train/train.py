@@ -362,6 +362,7 @@ def train_clip(
             lr_scales=clip.lr_scales(config.layer_decay) if config.layer_decay < 1 else None,
             on_log=show,
             validate=(lambda model, step: validation(model)) if validation else None,
+            on_warning=warn,
         )
     manifest, (count, first, broken) = None, feed.trouble()
     if ranks.is_main():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clip_train.console import CONTEXT
+from clip_train.console import CONTEXT, Whole
 from diffusion.drawing_options import FILE, Drawing, model_options, numbers, sampling_options
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from diffusion.source import Source
 
-count_option = click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Pictures.")
+count_option = click.option("--count", default=1, show_default=True, type=Whole(1), help="Pictures.")
 repeats_option = click.option(
     "--repeats",
-    type=click.IntRange(1),
+    type=Whole(1),
     help="How often each stretch of steps is walked: more fits better.  [default: 4]",
 )
 
@@ -119,10 +119,10 @@ def inpaint(picture, caption, mask, repeats, count, **options: Any) -> None:
 @click.command(context_settings=CONTEXT)
 @click.argument("picture", type=FILE)
 @click.argument("caption", required=False)
-@click.option("--left", default=0, type=click.IntRange(0), help="Pixels of the picture to add there; so the others.")
-@click.option("--right", default=0, type=click.IntRange(0), help="See --left.")
-@click.option("--top", default=0, type=click.IntRange(0), help="See --left.")
-@click.option("--bottom", default=0, type=click.IntRange(0), help="See --left.")
+@click.option("--left", default=0, type=Whole(0), help="Pixels of the picture to add there; so the others.")
+@click.option("--right", default=0, type=Whole(0), help="See --left.")
+@click.option("--top", default=0, type=Whole(0), help="See --left.")
+@click.option("--bottom", default=0, type=Whole(0), help="See --left.")
 @click.option("--factor", type=click.FloatRange(1, min_open=True), help="Make it so many times as wide and high.")
 @repeats_option
 @count_option

@@ -11,12 +11,14 @@ import click
 from clip_train.console import (
     CONTEXT,
     Bars,
+    Whole,
     device_option,
     out_option,
     say,
     shards_option,
     training_options,
     training_settings,
+    warn,
 )
 
 
@@ -42,7 +44,13 @@ def train_prior(embeddings: Path, out: Path, preset: str, kind: str, device: str
     config, fit_config = settings(train.KINDS[kind], preset, training_settings(**options))
     bars = Bars("train prior")
     made = train.train_prior(
-        embeddings, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
+        embeddings,
+        out,
+        config=config,
+        fit_config=fit_config,
+        device=start(device),
+        on_progress=bars,
+        on_warning=warn,
     )
     say(f"{out}/: loss {made.result['loss']:.3f} after {made.result['steps']} steps")
     say(f"next: unclip train decoder --shards shards --clip {made.input_path('clip') or 'clip'} --out decoder")
@@ -82,7 +90,15 @@ def train_decoder(
     )
     bars = Bars("train decoder")
     made = train.train_decoder(
-        shards, clip, out, config=config, fit_config=fit_config, init=init, device=start(device), on_progress=bars
+        shards,
+        clip,
+        out,
+        config=config,
+        fit_config=fit_config,
+        init=init,
+        device=start(device),
+        on_progress=bars,
+        on_warning=warn,
     )
     say(f"{out}/: loss {made.result['loss']:.3f} after {made.result['steps']} steps")
     say(f'next: unclip generate "a red fox" --prior prior --decoder {out} --out fox.png')
@@ -99,7 +115,7 @@ def train_decoder(
 )  # fmt: skip
 @click.option("--guidance", type=click.FloatRange(0), help="Of the teacher: baked in.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train for about this long.")
-@click.option("--batch-size", type=click.IntRange(1), help="Samples per optimizer step, all ranks together.")
+@click.option("--batch-size", type=Whole(1), help="Samples per optimizer step, all ranks together.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; repeatable.")
@@ -127,7 +143,15 @@ def train_distilled(
     config, fit_config = override([DistillConfig(few_steps=int(few_steps)), train.DISTILLED_FIT], pairs)
     bars = Bars("train distilled")
     made = train.train_distilled(
-        decoder, shards, clip, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
+        decoder,
+        shards,
+        clip,
+        out,
+        config=config,
+        fit_config=fit_config,
+        device=start(device),
+        on_progress=bars,
+        on_warning=warn,
     )
     say(f"{out}/: loss {made.result['loss']:.4f} after {made.result['steps']} steps of the last stage")
     say(f'next: unclip generate "a red fox" --prior prior --decoder {out} --out fox.png')
@@ -152,7 +176,14 @@ def train_upsampler(shards: str, clip: Path, out: Path, preset: str, device: str
     config, fit_config = settings(train.UPSAMPLER_PRESETS, preset, training_settings(**options))
     bars = Bars("train upsampler")
     made = train.train_upsampler(
-        shards, clip, out, config=config, fit_config=fit_config, device=start(device), on_progress=bars
+        shards,
+        clip,
+        out,
+        config=config,
+        fit_config=fit_config,
+        device=start(device),
+        on_progress=bars,
+        on_warning=warn,
     )
     say(f"{out}/: loss {made.result['loss']:.3f} after {made.result['steps']} steps")
     say(f"next: unclip enlarge picture.png --upsampler {out} --out large.png")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clip_train.captions import check_mix
 from clip_train.settings import UserError
-from diffusion.denoiser import Cond
+from diffusion.denoiser import Cond, refuse_absurd
 from diffusion.layers import silent
 from diffusion.prior import WordTable, text_cond
 from diffusion.ridge import LinearGuess
@@ -41,6 +41,7 @@ class ContrastiveConfig:
     temperature: float = 0.05  # of the contrastive loss
 
     def __post_init__(self) -> None:
+        refuse_absurd("prior", self)
         check_mix(self.caption_mix)
         if min(self.width, self.depth) < 1:
             raise UserError(f"prior: width {self.width} and depth {self.depth} must be at least 1")

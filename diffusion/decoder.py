@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clip_train.captions import check_mix
 from clip_train.settings import UserError
-from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_unknown
+from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_absurd, refuse_unknown
 from diffusion.layers import NoiseLevelEmbedding, silent
 from diffusion.levels import PLANS, Levels, norm
 from diffusion.ridge import LinearGuess
@@ -62,6 +62,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         refuse_unknown("decoder", self.predict, self.density, self.weighting)
+        refuse_absurd("decoder", self)
         check_mix(self.caption_mix)
         if self.network not in PLANS:
             raise UserError(f"decoder: no network {self.network!r}: take {', '.join(PLANS)}")

@@ -1,6 +1,8 @@
 """A network becomes a denoiser: scale its input and output by what sigma alone tells (EDM, arXiv 2206.00364, eq. 7)."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,20 @@ def refuse_unknown(what: str, predict: str, density: str, weighting: str = "even
         raise UserError(f"{what}: no density {density!r}: take {', '.join(DENSITIES)}")
     if weighting not in WEIGHTINGS:
         raise UserError(f"{what}: no loss weighting {weighting!r}: take {', '.join(WEIGHTINGS)}")
+
+
+def refuse_absurd(what: str, config: Any) -> None:
+    """UserError if a number of a config is none that a network can be built from: building it would take for ever."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for n in value if isinstance(value, tuple) else (value,):
+            if isinstance(n, float) and not math.isfinite(n):
+                raise UserError(f"{what}: {field.name} {n} must be a finite number")
+            most = 1000 if field.name in ("depth", "blocks") else 100_000
+            if isinstance(n, int) and not 0 <= n <= most:
+                raise UserError(f"{what}: {field.name} {n} must be at least 0 and at most {most}")
+    if not getattr(config, "sigma_data", 1) > 0:
+        raise UserError(f"{what}: sigma_data {config.sigma_data} must be above 0")
 
 
 class Denoiser(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from clip_train.console import CONTEXT, Bars, say
+from clip_train.console import CONTEXT, Bars, Whole, say
 from diffusion.drawing_options import FILE, Drawing, model_options, numbers, sampling_options, tell_copies, write_sheet
 
 
@@ -17,16 +17,16 @@ from diffusion.drawing_options import FILE, Drawing, model_options, numbers, sam
 @click.option("--file", "caption_file", type=FILE, help="Text file with a caption on each line.")
 @click.option("--embedding", type=FILE, help="A .npy of (N, 512) image embeddings.")
 @click.option("--key", "keys", multiple=True, help="A sample's key, of --embeddings: its embedding. Repeatable.")
-@click.option("--neighbours", type=click.IntRange(1), help="Draw captions from the K nearest pictures of --embeddings.")
+@click.option("--neighbours", type=Whole(1), help="Draw captions from the K nearest pictures of --embeddings.")
 @click.option("--again", type=FILE, help="Make this picture again, from its own record.")
 @click.option("--source", "sources", multiple=True, type=FILE, help="With --again: what the picture was made from.")
-@click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Pictures per caption.")
-@click.option("--candidates", type=click.IntRange(1), help="Draw so many for each, and keep the one CLIP likes most.")
+@click.option("--count", default=1, show_default=True, type=Whole(1), help="Pictures per caption.")
+@click.option("--candidates", type=Whole(1), help="Draw so many for each, and keep the one CLIP likes most.")
 @click.option(
     "--grid", "grids", multiple=True, metavar="KEY=A,B,..", help="Draw with each of these values; 1 or 2 axes."
 )
 @click.option("--strip", is_flag=True, help="Also write what the steps looked like, NAME-steps.png.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
+@click.option("--batch-size", default=32, show_default=True, type=Whole(1), help="Pictures at a time.")
 @model_options
 @sampling_options
 def generate(
@@ -146,7 +146,7 @@ def draw_grid_of(
 @click.command(context_settings=CONTEXT)
 @click.argument("picture", required=False)
 @click.option("--key", help="Of a sample of --embeddings, in place of PICTURE.")
-@click.option("--count", default=4, show_default=True, type=click.IntRange(1), help="Variations.")
+@click.option("--count", default=4, show_default=True, type=Whole(1), help="Variations.")
 @click.option(
     "--eta", type=click.FloatRange(0, 1), help="Of a picture: 0 keeps its noise, 1 forgets it.  [default: 0.5]"
 )
@@ -185,7 +185,7 @@ def vary(picture, key, count, eta, **options: Any) -> None:
 @click.command(context_settings=CONTEXT)
 @click.argument("points", nargs=-1)
 @click.option("--key", "keys", multiple=True, help="Of a sample of --embeddings, as one of the points. Repeatable.")
-@click.option("--frames", default=9, show_default=True, type=click.IntRange(2), help="Pictures, both ends included.")
+@click.option("--frames", default=9, show_default=True, type=Whole(2), help="Pictures, both ends included.")
 @click.option(
     "--in", "kind", type=click.Choice(["embedding", "noise", "both"]), help="What changes on the way.  [default: both]"
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clip_train.console import Bars, device_option, say
+from clip_train.console import Bars, Whole, device_option, say
 
 if TYPE_CHECKING:
     from clip_train.store import EmbeddingStore
@@ -46,7 +46,7 @@ def sampling_options(command: Callable) -> Callable:
             "--guidance", type=click.FloatRange(0), help="1 follows the embedding as trained, more overshoots."
         ),
         click.option("--sampler", help="heun, ddim, dpmpp_2m, ... : docs/sampling.md."),
-        click.option("--steps", type=click.IntRange(1), help="Sampling steps of the decoder."),
+        click.option("--steps", type=Whole(1), help="Sampling steps of the decoder."),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the first picture."),
         click.option("--sheet", type=FILE, help="Write a contact sheet to this PNG as well."),
         click.option("--format", "form", type=formats, help="Of the files in a folder; png unless told."),

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from clip_train.console import CONTEXT, Bars, device_option, numbers_in, out_option, print_table, say, shards_option
+from clip_train.console import (
+    CONTEXT,
+    Bars,
+    Whole,
+    device_option,
+    numbers_in,
+    out_option,
+    print_table,
+    say,
+    shards_option,
+)
 
 
 @click.command(context_settings=CONTEXT)
@@ -16,7 +26,7 @@ from clip_train.console import CONTEXT, Bars, device_option, numbers_in, out_opt
 @shards_option("Shards kept from the training, to measure a decoder or an upsampler on.", required=False)
 @click.option("--embeddings", type=click.Path(path_type=Path), help="Embeddings kept from it, to measure a prior on.")
 @click.option("--clip", type=click.Path(path_type=Path), help="CLIP folder; by default where FOLDER says it was.")
-@click.option("--count", default=1024, show_default=True, type=click.IntRange(2), help="Samples measured on.")
+@click.option("--count", default=1024, show_default=True, type=Whole(2), help="Samples measured on.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of which samples and what noise.")
 @out_option("best")
 @device_option

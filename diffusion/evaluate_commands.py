@@ -12,6 +12,7 @@ import click
 from clip_train.console import (
     CONTEXT,
     Bars,
+    Whole,
     device_option,
     numbers_in,
     say,
@@ -32,9 +33,9 @@ def examining_options(command: Callable) -> Callable:
         click.option("--features", "features", multiple=True, default=("clip",), show_default=True,
                      help="clip (the decoder's), clip:FOLDER, open_clip:MODEL:TAG, efficientnet-lite0 or inception; "
                           "repeatable."),
-        click.option("--count", default=500, show_default=True, type=click.IntRange(20), help="Pictures drawn."),
+        click.option("--count", default=500, show_default=True, type=Whole(20), help="Pictures drawn."),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which, and noise."),
-        click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Pictures at a time."),
+        click.option("--batch-size", default=64, show_default=True, type=Whole(1), help="Pictures at a time."),
         device_option,
     ):  # fmt: skip
         command = option(command)
@@ -44,7 +45,7 @@ def examining_options(command: Callable) -> Callable:
 def drawing_options(command: Callable) -> Callable:
     """How to draw, where there is one way to; and where the answers go."""
     for option in (
-        click.option("--steps", type=click.IntRange(1), help="Sampling steps of the decoder."),
+        click.option("--steps", type=Whole(1), help="Sampling steps of the decoder."),
         click.option("--sampler", help="One of diffusion.samplers.SAMPLERS, such as heun, ddim or dpmpp_2m."),
         click.option("--guidance", type=click.FloatRange(0), help="1 follows the embedding as trained."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other sampling setting."),
@@ -62,7 +63,7 @@ def drawing_options(command: Callable) -> Callable:
     "--prior", "priors", required=True, multiple=True, type=click.Path(path_type=Path), help="Prior folder; repeatable."
 )
 @click.option("--train", type=click.Path(path_type=Path), help="Fit baselines to these; default: the prior's own.")
-@click.option("--steps", default=16, show_default=True, type=click.IntRange(1), help="Sampling steps.")
+@click.option("--steps", default=16, show_default=True, type=Whole(1), help="Sampling steps.")
 @click.option("--guidance", default=1.0, show_default=True, type=click.FloatRange(0), help="Guidance of the prior.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this json file.")
 @device_option
@@ -160,9 +161,9 @@ def evaluate_generation(
 @click.option("--train", type=FOLDER, help="Embeddings that such a baseline is fitted to.")
 @click.option("--decoder", required=True, type=FOLDER, help="Decoder folder.")
 @click.option("--clip", type=FOLDER, help="CLIP folder; by default where the decoder says it was.")
-@click.option("--count", default=100, show_default=True, type=click.IntRange(1), help="Captions tried.")
+@click.option("--count", default=100, show_default=True, type=Whole(1), help="Captions tried.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which captions.")
-@click.option("--steps", type=click.IntRange(1), help="Sampling steps of the decoder.")
+@click.option("--steps", type=Whole(1), help="Sampling steps of the decoder.")
 @click.option("--sampler", help="One of diffusion.samplers.SAMPLERS, such as heun, ddim or dpmpp_2m.")
 @click.option("--guidance", type=click.FloatRange(0), help="1 follows the embedding as trained.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other sampling setting; repeatable.")

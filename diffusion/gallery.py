@@ -19,6 +19,11 @@ from clip_train.settings import UserError
 from diffusion.generate import Generated, Generator
 from diffusion.provenance import MAX_PIXELS, read_provenance, save_png
 
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, so two that draw into one folder are not noticed there
+    fcntl = None
+
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 EXIF, COMMENT = 0x8769, 0x9286  # where JPEG and WebP files keep what a user says of them
@@ -42,8 +47,11 @@ class Gallery:
         self.form = own if self.one else form or "png"
         self.there: dict[str, Path] = {}
         self.next = 0
+        self._generator, self._lock = generator, None
         if not self.one and self.out.is_dir():
-            self._look(generator)
+            if generator is not None:
+                self._hold()
+            self._look()
 
     def find(self, wanted: dict[str, Any]) -> Path | None:
         """The file with a picture made like this, if it is there; wanted: a record."""
@@ -62,6 +70,10 @@ class Gallery:
         if self.one:
             path = self.out
         else:
+            if self._lock is None:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self._hold()
+                self._look()  # what another process put there since
             path = self.out / f"{self.next:05d}.{self.form}"
             self.next += 1
             self.there[_identity(made.provenance)] = path
@@ -74,18 +86,35 @@ class Gallery:
         if self.one and count > 1:
             raise UserError(f"{self.out} is the name of one picture, but {count} are to be drawn; give a folder")
 
-    def _look(self, generator: Generator | None) -> None:
+    def _hold(self) -> None:
+        """Keep other processes from numbering pictures here, as long as this object lives."""
+        if fcntl is None:
+            return
+        self._lock = os.open(self.out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            said = f"another process is drawing into {self.out}/; wait for it, or choose another --out"
+            raise UserError(said) from error
+        except OSError:  # a file system without locks
+            return
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:
+            os.close(self._lock)
+
+    def _look(self) -> None:
         for path in sorted(self.out.iterdir()):
             match = re.fullmatch(r"(\d{5,})\.(png|jpe?g|webp)", path.name, re.ASCII)
             if not match:
                 continue
             self.next = max(self.next, int(match[1]) + 1)
-            if generator is not None and SUFFIXES[path.suffix] == self.form:
+            if self._generator is not None and SUFFIXES[path.suffix] == self.form:
                 try:
                     record = read_record(path)
                 except UserError:  # somebody else's picture
                     continue
-                if _drawn_by(generator, record):
+                if _drawn_by(self._generator, record):
                     self.there[_identity(record)] = path
 
 

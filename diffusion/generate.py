@@ -202,6 +202,8 @@ class Generator:
                     candidates=how.prior_candidates,
                 )
             out.append(rows.float().cpu())
+            if not torch.isfinite(out[-1]).all():
+                raise UserError("the prior makes embeddings that are not finite; train it again: unclip train prior")
         return torch.cat(out) if out else torch.zeros(0, self.prior.embed_dim)
 
     @torch.no_grad()
@@ -300,6 +302,8 @@ class Generator:
                     self.upsampler, x0.to(self.device), rows.to(self.device), list(seeds), steps=how.upsample_steps,
                     guidance=how.upsample_guidance, noise_level=how.upsample_noise,
                 )  # fmt: skip
+        if not torch.isfinite(x0).all():
+            raise UserError("the decoder draws numbers that are not finite; train it again, or give it less guidance")
         pictures = _pictures(x0)
         found = [{} for _ in pictures]
         if self.copies is not None:
@@ -328,7 +332,7 @@ class Generator:
         for name, fingerprint in made_with.items():
             if self.fingerprints.get(name) != fingerprint:
                 raise UserError(
-                    f"the picture was made with {name} {short(fingerprint)}, but this one is "
+                    f"the picture was made with {name} {short(str(fingerprint))}, but this one is "
                     f"{short(self.fingerprints.get(name, 'none'))}; pass the folder it was made with"
                 )
         generator = self

@@ -13,7 +13,7 @@ from clip_train.captions import CaptionTable, caption_table, uniform_of
 from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig
 from clip_train.model import Clip
-from clip_train.pictures import Batches, Pictures
+from clip_train.pictures import Batches, Pictures, new_array
 from clip_train.settings import Progress, UserError
 from clip_train.shards import ShardSet
 
@@ -79,7 +79,7 @@ def picture_embeddings(samples: ShardSet, clip: Clip, work: Path, on_progress: P
         pictures = decoded(samples, clip.image_size, work, CACHE_GB, on_progress)
         if ranks.is_main():
             unfinished = path.with_name("image_emb_part.npy")
-            rows = np.lib.format.open_memmap(unfinished, "w+", np.float16, (len(samples), clip.embed_dim))
+            rows = new_array(unfinished, np.float16, (len(samples), clip.embed_dim))
             for start in range(0, len(samples), block):
                 pixels, found = pictures.load(np.arange(start, min(start + block, len(samples))))
                 if len(found):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clip_train.captions import check_mix
 from clip_train.settings import UserError
-from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_unknown
+from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_absurd, refuse_unknown
 from diffusion.guidance import classifier_free
 from diffusion.layers import NoiseLevelEmbedding, silent
 from diffusion.ridge import LinearGuess
@@ -79,6 +79,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         refuse_unknown("prior", self.predict, self.density, self.weighting)
+        refuse_absurd("prior", self)
         check_mix(self.caption_mix)
         if min(self.width, self.depth, self.heads, self.draws) < 1:
             raise UserError(

@@ -8,6 +8,8 @@ from clip_train.settings import UserError
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import GRIDS
 
+MOST = 100_000  # steps or candidates
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -47,8 +49,8 @@ class Sampling:
         if self.precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision {self.precision!r} must be fp32, bf16 or auto")
         for name in ("steps", "prior_steps", "prior_candidates", "candidates", "upsample_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1 and at most {MOST}")
         for name in NOT_NEGATIVE:
             if not 0 <= (getattr(self, name) or 0.0) < float("inf"):
                 raise UserError(f"{name} {getattr(self, name)} must be a number of at least 0")

@@ -1,7 +1,7 @@
 """train_decoder: shards + a CLIP + denoising_loss -> fit -> a decoder folder."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +107,7 @@ def train_decoder(
     init: Path | str | None = None,
     device: str | torch.device = "auto",
     on_progress: Progress | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Train on the pictures of `shards`, each given its embedding by the CLIP in folder `clip`, made once beforehand.
 
@@ -161,7 +162,8 @@ def train_decoder(
         return value + config.align * away, {"denoising": float(value.detach()), "misalignment": float(away.detach())}
 
     batches = feed.batches(fit_config)
-    result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
+    told = {"on_progress": on_progress, "on_warning": on_warning}
+    result = fit(denoiser, batches, loss, fit_config, space.path, device=place, **told)
     return publish(space, denoiser, config, result, {"pictures": len(feed.pictures)} | notes)
 
 

@@ -36,6 +36,7 @@ def train_distilled(
     *,
     device: str | torch.device = "auto",
     on_progress: Progress | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Teach a copy of the decoder to draw in config.few_steps steps what it draws in many, on the pictures of `shards`.
 
@@ -76,7 +77,8 @@ def train_distilled(
         loss = stage_loss(teacher, encoder, start, steps, config, guided=number == 0)
         torch.manual_seed(fit_config.seed)
         part = replace(share, seed=fit_config.seed + number)
-        result = fit(student, batches, loss, part, folder, device=place, on_progress=_named(on_progress, steps))
+        tell = _named(on_progress, steps)
+        result = fit(student, batches, loss, part, folder, device=place, on_progress=tell, on_warning=on_warning)
         teacher, start = taught(student, result), steps
     return publish(
         space, teacher, replace(teacher.config, few_steps=config.few_steps), result, {"pictures": len(feed.pictures)}

@@ -1,7 +1,7 @@
 """train_prior: an embeddings folder + a loss -> fit -> a prior folder, of the diffusion or the contrastive kind."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +59,7 @@ def train_prior(
     *,
     device: str | torch.device = "auto",
     on_progress: Progress | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Train on every (caption, picture) pair of an embeddings folder; needs neither pictures nor CLIP.
 
@@ -99,7 +100,8 @@ def train_prior(
 
     loss = diffusion_loss(config, model) if isinstance(model, PriorDenoiser) else contrastive_loss(config)
     batches = pairs.batches(fit_config)
-    result = fit(model, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
+    told = {"on_progress": on_progress, "on_warning": on_warning}
+    result = fit(model, batches, loss, fit_config, space.path, device=place, **told)
     notes = {"pairs": len(pairs.row), "linear_penalty": linear.penalty, "linear_spread": linear.spread}
     return publish(space, model, config, result, notes)
 

@@ -1,5 +1,6 @@
 """train_upsampler: shards + a CLIP + denoising_loss on degraded crops -> fit -> an upsampler folder."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def train_upsampler(
     *,
     device: str | torch.device = "auto",
     on_progress: Progress | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Train on random crops of the pictures of `shards`, each with its whole picture's embedding by the CLIP in `clip`.
 
@@ -86,7 +88,8 @@ def train_upsampler(
         return crop_loss(model, x0, batch["image"], config, rng, drop=True), {}
 
     batches = feed.batches(fit_config)
-    result = fit(denoiser, batches, loss, fit_config, space.path, device=place, on_progress=on_progress)
+    told = {"on_progress": on_progress, "on_warning": on_warning}
+    result = fit(denoiser, batches, loss, fit_config, space.path, device=place, **told)
     notes = {"pictures": len(feed.pictures), "residual_spread": config.sigma_data}
     return publish(space, denoiser, config, result, notes)
 

@@ -59,7 +59,7 @@ def kind_of(folder: Path | str) -> str:
     """What a prior folder holds: "diffusion" or "contrastive"; "" if it was made before there were two."""
     try:
         return json.loads((Path(folder) / "config.json").read_text()).get("kind", "")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return "diffusion"  # saved() says what is wrong
 
 
@@ -74,7 +74,7 @@ def saved(folder: Path | str, kind: str, cls: type) -> tuple[Manifest, Any]:
     manifest, path = read_manifest(folder, kind), Path(folder) / "config.json"
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); train again: unclip train {kind}") from error
     return manifest, config_from_json(cls, data, str(path))
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.settings import UserError
-from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_unknown
+from diffusion.denoiser import Cond, Denoiser, Scaling, refuse_absurd, refuse_unknown
 from diffusion.guidance import clamped, classifier_free
 from diffusion.layers import NoiseLevelEmbedding, silent
 from diffusion.samplers import SampleNoise, sample
@@ -61,6 +61,7 @@ class UpsamplerConfig:
 
     def __post_init__(self) -> None:
         refuse_unknown("upsampler", self.predict, self.density)
+        refuse_absurd("upsampler", self)
         if min(self.crop, self.patch, self.cond_width, *self.widths) < 1 or not self.widths:
             raise UserError("upsampler: crop, patch, cond_width and widths must be at least 1")
         if self.factor < 2:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from clip_train.console import CONTEXT, Bars, device_option, say, shards_option, write_figures
+from clip_train.console import CONTEXT, Bars, Whole, device_option, say, shards_option, write_figures
 
 
 @click.command(context_settings=CONTEXT)
@@ -18,7 +18,7 @@ from clip_train.console import CONTEXT, Bars, device_option, say, shards_option,
 )
 @click.option("--blind", is_flag=True, help="Enlarge without an embedding of the picture, so without a CLIP.")
 @click.option("--out", default="large", show_default=True, type=click.Path(path_type=Path), help="PNG, or a folder.")
-@click.option("--steps", default=8, show_default=True, type=click.IntRange(1), help="1: the mean, sure but soft.")
+@click.option("--steps", default=8, show_default=True, type=Whole(1), help="1: the mean, sure but soft.")
 @click.option(
     "--noise-level", default=0.05, show_default=True, type=click.FloatRange(0), help="Noise that hides flaws before."
 )
@@ -53,8 +53,8 @@ def enlarge(pictures, upsampler, clip, blind, out, steps, noise_level, guidance,
     "--clip", type=click.Path(path_type=Path), help="CLIP folder; by default where the upsampler says it was."
 )
 @click.option("--features", default="", help="What compares: clip:FOLDER, efficientnet-lite0, ...; default: the CLIP.")
-@click.option("--count", default=256, show_default=True, type=click.IntRange(40), help="Crops, one of a picture.")
-@click.option("--steps", default=8, show_default=True, type=click.IntRange(1), help="Of the samples.")
+@click.option("--count", default=256, show_default=True, type=Whole(40), help="Crops, one of a picture.")
+@click.option("--steps", default=8, show_default=True, type=Whole(1), help="Of the samples.")
 @click.option("--noise-level", default=0.05, show_default=True, type=click.FloatRange(0), help="Of the second samples.")
 @click.option("--guidance", default=1.0, show_default=True, type=click.FloatRange(0), help="Of the samples.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Which crops, and what noise.")

@@ -377,10 +377,12 @@ def write_index(index: faiss.Index, path: Path) -> None:
     """Whole or not at all; a killed run's half goes when the workspace is opened again."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        faiss.write_index(index, str(temporary))
-    except RuntimeError as error:
+        with open(temporary, "wb") as file:  # faiss's own files do not notice if their last 4 kB find no room
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        why = re.sub(r".*Error: '.*?' failed:?", "", " ".join(str(error).split()))  # not where in faiss
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        why = re.sub(r".*Error: '.*?' failed:?", "", why)  # not where in faiss
         raise UserError(f"cannot write {path}: {why.strip()[:200]}") from error
     os.replace(temporary, path)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from clip_train.console import CONTEXT, Bars, device_option, out_option, print_table, say, write_figures
+from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, print_table, say, write_figures
 
 
 @click.group(invoke_without_command=True, context_settings=CONTEXT)
@@ -23,7 +23,7 @@ from clip_train.console import CONTEXT, Bars, device_option, out_option, print_t
     type=click.Choice(["auto", "flat", "ivf", "pq", "rabitq", "opq", "hnsw"]),
     help="What to try; flat is exact.",
 )
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that add vectors.")
+@click.option("--workers", default=1, show_default=True, type=Whole(1), help="Processes that add vectors.")
 @click.option(
     "--engine",
     default="local",
@@ -61,7 +61,7 @@ def index(context: click.Context, embeddings: Path | None, out: Path, report: bo
 @click.option("--index", "folder", default="index", show_default=True, type=click.Path(path_type=Path), help="Index.")
 @click.option("--embeddings", required=True, type=click.Path(path_type=Path), help="Folder made by unclip embed.")
 @click.option("--replace", is_flag=True, help="A key that is there already moves: its old row is deleted.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that add rows.")
+@click.option("--workers", default=1, show_default=True, type=Whole(1), help="Processes that add rows.")
 def index_add(folder: Path, embeddings: Path, **options: Any) -> None:
     """Add embeddings of the same CLIP to an index, without building it again.
 
@@ -146,7 +146,7 @@ def index_compact(folder: Path, **options: Any) -> None:
 @click.option("--together", is_flag=True, help="One query, the sum of all that is given, in place of one for each.")
 @click.option("--where", multiple=True, metavar="FILTER", help="Only rows whose metadata says so; several: all.")
 @click.option("--distinct", type=float, metavar="COSINE", help="Leave out hits nearer than this to a better one.")
-@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Hits per query.")
+@click.option("-k", default=10, show_default=True, type=Whole(1), help="Hits per query.")
 @click.option(
     "--modality", default="image", show_default=True, type=click.Choice(["image", "text"]), help="Rows to rank."
 )
@@ -273,7 +273,7 @@ def classify(classes, index, embeddings, classnames, templates, out, device, **o
 @click.option("--decoder", type=click.Path(path_type=Path), help="Decoder folder, to draw pictures of embeddings.")
 @click.option("--prior", type=click.Path(path_type=Path), help="Prior folder, to draw pictures of prompts.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--port", default=8000, show_default=True, type=Whole(0, 65535), help="0: any that is free.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="File with the token that requests must bring.")
 @click.option("--origin", "origins", multiple=True, help="Web pages of this origin may ask, too; '*': all.")
 @click.option("--allow-image-urls", is_flag=True, help="Let /knn-service fetch pictures from public addresses.")
@@ -360,7 +360,7 @@ def dedup(folder: Path, threshold, modality, prefer, out, drop, sheet, as_json) 
 @click.command(context_settings=CONTEXT)
 @click.option("--index", "folder", default="index", show_default=True, type=click.Path(path_type=Path), help="Index.")
 @out_option("clusters")
-@click.option("--count", type=click.IntRange(1), help="Clusters; by default as many as halves of the set agree on.")
+@click.option("--count", type=Whole(1), help="Clusters; by default as many as halves of the set agree on.")
 @click.option(
     "--modality", default="image", show_default=True, type=click.Choice(["image", "text"]), help="Rows to cluster."
 )

@@ -189,9 +189,12 @@ def load_index(folder: Path | str, modality: str = "image") -> faiss.Index:
         raise UserError(f"{path} does not exist; make it: unclip index")
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
     try:
-        return faiss.read_index(str(path), mapped | faiss.IO_FLAG_READ_ONLY)
-    except RuntimeError as error:
+        index = faiss.read_index(str(path), mapped | faiss.IO_FLAG_READ_ONLY)
+    except (RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged; make it again: unclip index") from error
+    if index is None or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise UserError(f"{path} is damaged; make it again: unclip index")
+    return index
 
 
 def parse_bytes(text: int | str) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from clip_train.folder import Manifest, read_manifest
 from clip_train.settings import UserError
-from clip_train.store import EmbeddingStore
+from clip_train.store import UNREADABLE, EmbeddingStore
 
 ROWS = "rows.npy"  # of a compacted folder: the row of its sources, counted through them, that each of its rows was
 BLOCK = 16_384  # vectors that are made at a time
@@ -29,7 +29,7 @@ class Vectors:
         self._index = index
         self.dim: int = manifest.result["dim"]
         rows = manifest.folder / ROWS
-        self._source_row = np.load(rows, mmap_mode="r", allow_pickle=False) if rows.exists() else None
+        self._source_row = _numbers_in(rows, manifest.result["rows"]) if rows.exists() else None
 
         self._ends = np.cumsum([source.result["rows"] for source in sources_of(manifest)])
 
@@ -67,6 +67,16 @@ class Vectors:
             else:
                 out[mine] = store.image(place[mine]) if modality == "image" else store.text(place[mine])
         return out
+
+
+def _numbers_in(path: Path, count: int) -> np.ndarray:
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if rows.shape == (count,) and rows.dtype.kind in "iu":
+            return rows
+    except (*UNREADABLE, AttributeError):
+        pass
+    raise UserError(f"{path} is damaged; make the index again: unclip index")
 
 
 def sources_of(manifest: Manifest) -> list[Manifest]:

@@ -66,6 +66,19 @@ def test_pictures_of_another_seed_setting_or_model_are_put_behind_and_nothing_is
     assert [(tmp_path / f"{n:05d}.png").read_bytes() for n in range(2)] == first
 
 
+def test_of_two_that_draw_into_one_folder_the_second_says_so_and_overwrites_nothing(counted, tmp_path):
+    first = Gallery(tmp_path / "out", None, counted[0])
+    second = Gallery(tmp_path / "out", None, counted[0])  # there is no folder yet
+    (made,) = asked(1).draw(counted[0], [0], HOW)
+    path = first.add(made)
+    with pytest.raises(UserError, match="another process is drawing into"):
+        second.add(made)
+    with pytest.raises(UserError, match="another process is drawing into"):
+        Gallery(tmp_path / "out", None, counted[0])
+    del first, second
+    assert Gallery(tmp_path / "out", None, counted[0]).find(made.provenance) == path
+
+
 def test_what_other_people_put_into_the_folder_stays(counted, tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "00007.png")
     (tmp_path / "00009.jpg").write_bytes(b"no picture")

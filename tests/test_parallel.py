@@ -74,20 +74,20 @@ def test_a_sharded_run_goes_on_from_the_checkpoint_of_one_rank(made, tmp_path):
 
 def test_one_rank_goes_on_from_the_shards_of_two(made, tmp_path):
     folder = made[0] / "two, then one"
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000003"]
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000002", "checkpoint-000000003"]
     one = crew.train(folder, parallel="fsdp", seed=9)
     assert crew.difference(crew.train(tmp_path / "one"), one) < 1e-5
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint.safetensors"]  # what it replaced is gone
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000003", "checkpoint.safetensors"]
 
 
 def test_shards_are_safetensors_and_nothing_in_them_is_a_pickle(made):
-    (checkpoint,) = checkpoints(made[0] / "broken")
+    checkpoint = checkpoints(made[0] / "broken")[-1]
     names = sorted(path.name for path in checkpoint.iterdir())
     assert names == ["numbers.json"] + [f"shard-0000{r}-model-00001-of-00001.safetensors" for r in (1, 2)]
     assert json.loads((checkpoint / "numbers.json").read_text())["step"] == 6
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "model"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "model", "bit"])
 def test_damaged_shards_and_those_of_another_model_are_one_clear_line(made, tmp_path, damage):
     (checkpoint,) = checkpoints(made[0] / "whole")
     copy = tmp_path / checkpoint.name
@@ -99,6 +99,9 @@ def test_damaged_shards_and_those_of_another_model_are_one_clear_line(made, tmp_
         shard.write_bytes(shard.read_bytes()[:-100])
     elif damage == "missing":
         shard.unlink()
+    elif damage == "bit":
+        data = shard.read_bytes()
+        shard.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
     with pytest.raises(UserError, match="another model" if damage == "model" else "damaged") as caught:
         crew.train(tmp_path, norm=damage == "model")
     assert "\n" not in str(caught.value)

@@ -396,6 +396,23 @@ def test_shards_come_over_http_where_that_is_allowed(tmp_path, clip):
     assert sorted(mine[0]) == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2", "1-3"]
 
 
+def test_no_password_of_an_address_is_kept_or_said(tmp_path, clip, monkeypatch):
+    monkeypatch.setattr("clip_train.stream.time.sleep", lambda _: None)
+    with pytest.raises(UserError, match="http://127.0.0.1:9/0.tar: a user name or password is not sent over http"):
+        list_urls("http://me:secret@127.0.0.1:9/0.tar", allow_http=True)
+    tar = make_shards(tmp_path, (3,)) / "00.tar"
+    spec = f"pipe:cat {tar} || curl -u me:secret 'https://h.invalid/0.tar?signature=secret'"
+    batches = StreamBatches(spec, clip, 3, 0, shuffle=3, work=tmp_path / "work", readers=1)
+    take(batches(), 3)
+    [journal] = (tmp_path / "work").iterdir()
+    assert "-u ... 'https://h.invalid/0.tar'" in journal.read_text() and "secret" not in journal.read_text()
+    take(StreamBatches(spec, clip, 3, 0, shuffle=3, work=tmp_path / "work", readers=1)(4), 2)
+    failing = StreamBatches("pipe:false http://me:secret@h.invalid/0.tar", clip, 3, 0, readers=1)
+    with pytest.raises(UserError, match="pipe:false http://h.invalid/0.tar cannot be read: .*exit code 1") as caught:
+        next(failing())
+    assert "secret" not in str(caught.value)
+
+
 def test_places_may_come_in_parts_of_any_size_none_included(tmp_path, clip):
     make_shards(tmp_path)
     batches = StreamBatches(f"file://{tmp_path}/", clip, 1, 2, shuffle=6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from clip_train.console import CONTEXT, Bars, device_option, out_option, say, shards_option
+from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, say, shards_option
 
 if TYPE_CHECKING:
     from diffusion.lab.experiment import Part
@@ -44,7 +44,7 @@ def run(part: "Part", out: Path) -> None:
 @click.option("--classnames", type=FOLDER, help="File of names to choose from; by default the commonest labels.")
 @click.option("--picture", default="", metavar="KEY|FILE", help="The one picture; by default one of the shards.")
 @click.option("--label-field", default="label", show_default=True, help='Of the samples\' json; "cls" is KEY.cls.')
-@click.option("--count", default=2000, show_default=True, type=click.IntRange(8), help="Pictures looked at.")
+@click.option("--count", default=2000, show_default=True, type=Whole(8), help="Pictures looked at.")
 @SEED
 @out_option("lab-space")
 @device_option
@@ -65,8 +65,8 @@ def lab_space(clip, shards, words, classnames, out, device, **options) -> None:
 
 @click.command("forward", context_settings=CONTEXT)
 @click.argument("image", type=FOLDER)
-@click.option("--size", default=96, show_default=True, type=click.IntRange(8), help="Pixels a side.")
-@click.option("--steps", default=200, show_default=True, type=click.IntRange(8), help="Steps of each schedule.")
+@click.option("--size", default=96, show_default=True, type=Whole(8), help="Pixels a side.")
+@click.option("--steps", default=200, show_default=True, type=Whole(8), help="Steps of each schedule.")
 @SEED
 @out_option("lab-forward")
 def lab_forward(image, out, **options) -> None:
@@ -85,8 +85,8 @@ def lab_forward(image, out, **options) -> None:
 @click.option("--embeddings", type=FOLDER, help="Of pictures kept from training; default: some it was trained on.")
 @shards_option("Tars of the pictures; default: where the embeddings, or the decoder, were made from.", required=False)
 @click.option("--clip", type=FOLDER, help="CLIP folder; by default where the decoder says it was.")
-@click.option("--count", default=12, show_default=True, type=click.IntRange(5), help="Pictures measured.")
-@click.option("--steps", default=16, show_default=True, type=click.IntRange(2), help="Steps of a full walk.")
+@click.option("--count", default=12, show_default=True, type=Whole(5), help="Pictures measured.")
+@click.option("--steps", default=16, show_default=True, type=Whole(2), help="Steps of a full walk.")
 @SEED
 @out_option("lab-denoise")
 @device_option
@@ -107,7 +107,7 @@ def lab_denoise(decoder, embeddings, shards, clip, out, device, **options) -> No
 @click.option("--embeddings", required=True, type=FOLDER, help="Of captioned pictures, best kept from training.")
 @click.option("--fit", type=FOLDER, help="Embeddings that ridge, knn and the like are fitted to.")
 @click.option("--clip", type=FOLDER, help="CLIP folder; by default where the decoder says it was.")
-@click.option("--count", default=32, show_default=True, type=click.IntRange(8), help="Captions drawn, in three ways.")
+@click.option("--count", default=32, show_default=True, type=Whole(8), help="Captions drawn, in three ways.")
 @SEED
 @out_option("lab-unclip")
 @device_option
@@ -122,9 +122,7 @@ def lab_unclip(decoder, prior, embeddings, fit, clip, out, device, **options) ->
     run(unclip_part(decoder, str(prior), embeddings, clip, fit, device, **options), out)
 
 
-STEPS = click.option(
-    "--steps", default=3000, show_default=True, type=click.IntRange(1), help="Training steps of each network."
-)
+STEPS = click.option("--steps", default=3000, show_default=True, type=Whole(1), help="Training steps of each network.")
 
 
 @click.command("spiral", context_settings=CONTEXT)
@@ -192,7 +190,7 @@ def lab_guidance(steps, wrong_label, seed, out) -> None:
 )
 @click.option("--image", type=FOLDER, help="The picture that goes to static; default: one of the run's.")
 @STEPS
-@click.option("--count", type=click.IntRange(8), help="Pictures that the decoder draws; default: what each wants.")
+@click.option("--count", type=Whole(8), help="Pictures that the decoder draws; default: what each wants.")
 @SEED
 @out_option("lab")
 @device_option
