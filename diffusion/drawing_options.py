@@ -110,6 +110,7 @@ class Drawing:
         self.how = override([dataclasses.replace(self.generator.how, **own)], pairs)[0]
         self.seed: int = options["seed"]
         self.gallery = Gallery(options["out"], options["form"], self.generator)
+        click.get_current_context().call_on_close(self.gallery.close)
         if recalls:
             self.generator.recall = self.gallery.recall
 

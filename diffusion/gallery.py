@@ -87,7 +87,7 @@ class Gallery:
             raise UserError(f"{self.out} is the name of one picture, but {count} are to be drawn; give a folder")
 
     def _hold(self) -> None:
-        """Keep other processes from numbering pictures here, as long as this object lives."""
+        """Keep other processes from numbering pictures here, until close()."""
         if fcntl is None:
             return
         self._lock = os.open(self.out, os.O_RDONLY)
@@ -99,9 +99,13 @@ class Gallery:
         except OSError:  # a file system without locks
             return
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Let other processes draw here."""
         if getattr(self, "_lock", None) is not None:
             os.close(self._lock)
+            self._lock = None
+
+    __del__ = close
 
     def _look(self) -> None:
         for path in sorted(self.out.iterdir()):
