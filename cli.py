@@ -60,15 +60,27 @@ def run() -> int:
         complain(error, " ".join(str(error).split()))
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("(not enough|allocate|out of) memory", str(error)):
-            raise
         said = " ".join(str(error).split())[:200]
-        complain(error, f"not enough memory ({said}); ask for less: fewer steps, pictures or samples at a time")
-        return 2
+        if isinstance(error, MemoryError) or re.search("(not enough|allocate|out of) memory", str(error)):
+            complain(error, f"not enough memory ({said}); ask for less: fewer steps, pictures or samples at a time")
+            return 2
+        if not lost_rank(error):
+            raise
+        why = re.sub(r"^\[\S+\] ", "", said)[:100]  # without the place in gloo's code
+        complain(error, f"another rank was lost ({why}); if torchrun does not start all again, run the same command")
+        return 1
     except OSError as error:  # a full disk, a folder that went away: not bugs, and they have a line of their own
         where = f"{error.filename}: " if error.filename else ""
         complain(error, f"{where}{error.strerror or error}")
         return 2
+
+
+def lost_rank(error: Exception) -> bool:
+    """Whether this is torch saying that it cannot reach another rank: one that was killed, or has said why it fell."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return "DistError" in names or re.search("gloo/transport|connectFullMesh", str(error)) is not None
 
 
 TERMINATED: list[int] = []  # SIGTERM, when it came

@@ -29,7 +29,6 @@ sys.path.pop(0)  # this folder: a benchmark beside this one has the name of the 
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from clip_train.checkpoint import save_tensors  # noqa: E402
 from clip_train.ema import Average  # noqa: E402
 from clip_train.fit import autocast, parameter_groups  # noqa: E402
 from clip_train.model import Clip  # noqa: E402
@@ -37,6 +36,7 @@ from clip_train.pictures import Pictures  # noqa: E402
 from clip_train.settings import override  # noqa: E402
 from clip_train.shards import ShardSet  # noqa: E402
 from clip_train.sheet import contact_sheet  # noqa: E402
+from clip_train.tensors import save_tensors  # noqa: E402
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, noised, null_cond, picture_cond  # noqa: E402
 from diffusion.denoiser import denoising_loss, loss_weight  # noqa: E402
 from diffusion.evaluate import embed_pictures, round_trip  # noqa: E402

@@ -39,13 +39,13 @@ from torch import Tensor, nn
 
 sys.path.pop(0)  # this folder: this file has the name of the package
 
-from clip_train.checkpoint import load_tensors, save_tensors  # noqa: E402
 from clip_train.fit import Batch, FitConfig, autocast, fit  # noqa: E402
 from clip_train.folder import Manifest  # noqa: E402
 from clip_train.pictures import Batches, Pictures  # noqa: E402
 from clip_train.shards import ShardSet  # noqa: E402
 from clip_train.sheet import contact_sheet  # noqa: E402
 from clip_train.store import EmbeddingStore  # noqa: E402
+from clip_train.tensors import load_tensors, save_tensors  # noqa: E402
 from diffusion import picture_feed, train_decoder  # noqa: E402
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, picture_cond  # noqa: E402
 from diffusion.denoiser import Cond, Denoiser, Scaling, denoising_loss  # noqa: E402

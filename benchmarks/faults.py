@@ -28,6 +28,8 @@ CLASSES: dict[str, tuple[str, int]] = {  # class of faults -> its module in test
     "disks": ("disks", 120),
     "locks": ("locks", 72),
     "rot": ("rot", 160),
+    "ranks": ("lost_ranks", 24),
+    "numerics": ("numerics", 600),
 }
 
 
@@ -49,6 +51,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tally = importlib.import_module(module).run(numbers, options.seed, Path(folder), tell(name))
         print(f"\n## {name} ({time.monotonic() - began:.0f} s)\n\n{tally.table()}\n")
+        print("".join(f"{note}\n\n" for note in tally.notes), end="")
         for kind, case, outcome in tally.losses:
             print(f"- LOSS in {kind}, {case}: {outcome.how}: {outcome.line}")
         lost += len(tally.losses)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from clip_train import ranks
-from clip_train.checkpoint import load_tensors, save_tensors
 from clip_train.parallel import local, whole
 from clip_train.settings import UserError
+from clip_train.tensors import load_tensors, save_tensors
 
 WIDTHS = (0.05, 0.10)  # sigma_rel of the averages that are tracked (section 3.2)
 SNAPSHOTS = "snapshots"  # folder, in the one that a training writes

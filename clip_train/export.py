@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_train.checkpoint import load_tensors, load_weights
 from clip_train.folder import Input, Manifest, Workspace, write_file
 from clip_train.model import WEIGHTS_FILE, Clip
 from clip_train.settings import UserError
+from clip_train.tensors import load_tensors, load_weights
 
 HF_CONTEXT = 77  # positions that clients of CLIPModel count on; OpenAI's
 START, END = "<|startoftext|>", "<|endoftext|>"

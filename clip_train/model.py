@@ -15,10 +15,10 @@ from torch import nn
 
 from clip_train import depth
 from clip_train.byte_pairs import simple_tokenizer
-from clip_train.checkpoint import load_tensors, load_weights, save_tensors
 from clip_train.folder import fingerprint_files, write_file
 from clip_train.pictures import to_pixels
 from clip_train.settings import UserError
+from clip_train.tensors import load_tensors, load_weights, save_tensors
 
 if TYPE_CHECKING:
     from PIL import Image

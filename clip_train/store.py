@@ -32,6 +32,8 @@ KEPT_BYTES = 512_000_000  # of metadata that stays in memory; beyond it a row co
 # what numpy raises of damaged .npy files, those that declare more rows than any memory holds among them
 UNREADABLE = (OSError, ValueError, EOFError, ArithmeticError, MemoryError, SyntaxError)
 SAMPLED_ROWS = 4096  # rows whose values open() looks at
+NESTED = 8  # lists within lists in a column; deeper ones become json text
+_AGAIN = "make it again: unclip embed"
 
 
 class EmbeddingStore:
@@ -175,16 +177,18 @@ class EmbeddingStore:
 class MetadataTable:
     """The parquet files of a metadata folder as one table, in the order of their names; read part by part."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, again: str = _AGAIN) -> None:
+        """again: the way out where a file is damaged. UserError: a file that is."""
         import pyarrow.parquet as pq
 
+        self.again = again
         self.paths = sorted(folder.glob("*.parquet"))
         try:
             parts = [pq.read_metadata(path) for path in self.paths]
             for path, part in zip(self.paths, parts, strict=True):
                 _refuse_columns(part.schema.to_arrow_schema(), path)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            raise UserError(f"{folder}/ cannot be read: {_line(error)}; {_AGAIN}") from error
+            raise UserError(f"{folder}/ cannot be read: {_line(error)}; {self.again}") from error
         self.counts = [part.num_rows for part in parts]
         self.starts = np.cumsum([0, *self.counts])
         read = weakref.WeakMethod(self._read)  # no circle: a table that goes lets go of its files at once
@@ -215,9 +219,9 @@ class MetadataTable:
         import pyarrow.parquet as pq
 
         try:
-            return checked_table(pq.ParquetFile(self.paths[part]), columns)
+            return checked_table(pq.ParquetFile(self.paths[part], page_checksum_verification=True), columns)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.paths[part]} cannot be read: {_line(error)}; {_AGAIN}") from error
+            raise UserError(f"{self.paths[part]} cannot be read: {_line(error)}; {self.again}") from error
 
 
 def checked_table(file: Any, columns: Sequence[str] | None) -> Any:
@@ -284,7 +288,7 @@ class EmbeddingWriter:
         """What write() noted about the part, if it is whole."""
         try:
             return json.loads(self._note(part).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None
 
     def write(
@@ -353,9 +357,6 @@ def first_not_unit(rows: np.ndarray) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
-_AGAIN = "make it again: unclip embed"
-
-
 def _map(path: Path) -> np.ndarray:
     try:
         return _load(path, mmap_mode="r")
@@ -386,7 +387,8 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     flat = [_flat(row) for row in rows]
     names = dict.fromkeys(name for row in flat for name in row)
     file = io.BytesIO()
-    pq.write_table(pa.table({name: _column([row.get(name) for row in flat]) for name in names}), file)
+    table = pa.table({_utf8(name): _column([row.get(name) for row in flat]) for name in names})
+    pq.write_table(table, file, write_page_checksum=True)
     return file.getvalue()
 
 
@@ -402,12 +404,20 @@ def _column(values: list[Any]) -> Any:
 
     try:
         column = pa.array(values)
-        if "struct" not in str(column.type):  # a struct may be empty, which parquet cannot hold
+        kind = str(column.type)
+        # a struct may be empty, which parquet cannot hold; nor does it read again what it has nested 100 deep
+        if "struct" not in kind and kind.count("list<") <= NESTED:
             return column
     except (pa.ArrowException, OverflowError, UnicodeError):
         pass
     texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
-    return pa.array([v if v is None else v.encode(errors="replace").decode() for v in texts])
+    return pa.array([v if v is None else _utf8(v) for v in texts])
+
+
+def _utf8(text: str) -> str:
+    r"""A text that came out of bytes that are no UTF-8, or out of half a pair of surrogates, with these as \udcff: so
+    two keys that differ still do."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_vectors(path: Path | str) -> np.ndarray:

@@ -233,7 +233,7 @@ def _draw_panel(axes: Any, title: str, series: Mapping[str, Series], last: int) 
     axes.tick_params(labelsize=8, colors=_PALE)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if title.startswith("gradient"):
+    if title.startswith("gradient") and any(value > 0 for _, values in series.values() for value in values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

@@ -26,10 +26,12 @@ def effective_rank(rows: torch.Tensor) -> float:
     """How many directions rows use evenly: 1 when all are one point, at most min(N, D).
 
     RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 2): exp of the entropy of the singular values, which are
-    taken here from the smaller of the two Gram matrices. rows: (N, D).
+    taken here from the smaller of the two Gram matrices. rows: (N, D); nan where one is not finite.
     """
     rows = rows.double()
     gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+    if not gram.isfinite().all():  # eigvalsh would raise; fit names the step
+        return math.nan
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = values / values.sum()
     return math.exp(-float(torch.special.xlogy(share, share).sum()))

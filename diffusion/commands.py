@@ -206,5 +206,6 @@ def quickstart(out: Path, minutes: float, size: int, seed: int, device: str) -> 
     """
     from diffusion.quickstart import run_quickstart
 
-    report = run_quickstart(out, minutes=minutes, image_size=size, seed=seed, device=device, bars=Bars, say=say)
+    told = {"bars": Bars, "say": say, "on_warning": warn}
+    report = run_quickstart(out, minutes=minutes, image_size=size, seed=seed, device=device, **told)
     say(f"look at: {report}")

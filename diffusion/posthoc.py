@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_train.checkpoint import load_weights
 from clip_train.ema import read_snapshots, reconstruct
 from clip_train.fit import Batch, FitConfig, FitResult
 from clip_train.folder import Input, Manifest, Workspace, read_manifest
@@ -22,6 +21,7 @@ from clip_train.model import Clip
 from clip_train.settings import Progress, UserError
 from clip_train.shards import ShardSet
 from clip_train.store import EmbeddingStore
+from clip_train.tensors import load_weights
 from diffusion.decoder import picture_cond
 from diffusion.denoiser import denoising_loss, loss_weight
 from diffusion.pairs import Pairs

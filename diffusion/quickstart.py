@@ -56,8 +56,11 @@ def run_quickstart(
     device: str = "auto",
     bars: Callable[[str], Progress] = lambda title: None,
     say: Callable[[str], None] = lambda text: None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Path:
-    """Run or resume every stage in folder `out`; returns the path of report.html. bars makes a progress bar by name."""
+    """Run or resume every stage in folder `out`; returns the path of report.html. bars makes a progress bar by name;
+    on_warning gets what the trainings find wrong, such as a checkpoint that is damaged.
+    """
     out, place = Path(out), ranks.pick_device(device)
     asked = {"minutes": minutes, "seed": seed, "image_size": image_size}
     if finished(out, asked):
@@ -75,8 +78,9 @@ def run_quickstart(
         pairs = [f"minutes={minutes * SHARES['clip']}", "steps=0", f"seed={seed}", *CLIP_SETTINGS]
         config, fit_config = presets.preset("tiny", pairs)
         made = train.train_clip(
-            data / "train", clip, config, fit_config, device=str(place), on_progress=bars("train clip")
-        )
+            data / "train", clip, config, fit_config, device=str(place), on_progress=bars("train clip"),
+            on_warning=on_warning,
+        )  # fmt: skip
         report["clip"] = {"training": made.result}
 
     with stages("embed", "every picture and caption as a row of 512 numbers"):
@@ -94,8 +98,9 @@ def run_quickstart(
         pairs = [f"minutes={minutes * SHARES['prior']}", "steps=0", f"seed={seed}"]
         config, fit_config = settings(PRIOR_PRESETS, "tiny", pairs)
         made = train_prior(
-            emb["train"], prior, config=config, fit_config=fit_config, device=place, on_progress=bars("train prior")
-        )
+            emb["train"], prior, config=config, fit_config=fit_config, device=place, on_progress=bars("train prior"),
+            on_warning=on_warning,
+        )  # fmt: skip
         report["prior"] = {"training": made.result} | prior_figures(prior, emb)
 
     with stages("train decoder", "a point of the space -> a picture"):
@@ -103,7 +108,7 @@ def run_quickstart(
         config, fit_config = settings(DECODER_PRESETS, "tiny", pairs)
         made = train_decoder(
             data / "train", clip, decoder, config=config, fit_config=fit_config, device=place,
-            on_progress=bars("train decoder"),
+            on_progress=bars("train decoder"), on_warning=on_warning,
         )  # fmt: skip
         report["decoder"] = {"training": made.result}
 
@@ -139,7 +144,7 @@ def finished(out: Path, asked: dict[str, Any]) -> bool:
         made = report["fingerprints"]
         same = all(report[name] == value for name, value in asked.items())
         return same and all(read_manifest(out / name).fingerprint == value for name, value in made.items())
-    except (OSError, json.JSONDecodeError, KeyError, UserError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, UserError):
         return False
 
 
@@ -153,7 +158,7 @@ class Stages:
             raise UserError(f"cannot write {out}/: {error.strerror}") from error
         self.path, self.say = out / "stages.json", say
         self.figures: dict[str, dict[str, float]] = {}
-        self.before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.before = _times(self.path)
         self.number = 0
 
     @contextmanager
@@ -175,6 +180,19 @@ class Stages:
             write_file(self.path, json.dumps(self.before, indent=1).encode())
         self.before[name]["whole"] = True
         write_file(self.path, json.dumps(self.before, indent=1).encode())
+
+
+def _times(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier run noted of its stages; UserError if that is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        stages = json.loads(path.read_text())
+        for noted in stages.values():
+            float(noted["seconds"]), float(noted["peak_mb"]), bool(noted["whole"])
+        return stages
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged; remove it to go on (only what stages took is lost)") from error
 
 
 def reset_peak_memory() -> None:

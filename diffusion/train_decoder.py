@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train import ranks
-from clip_train.checkpoint import load_tensors, load_weights
 from clip_train.fit import Batch, FitConfig, fit
 from clip_train.folder import Input, Manifest
+from clip_train.gradients import LossFunction
 from clip_train.model import Clip
 from clip_train.settings import Progress, UserError, config_to_json, override
 from clip_train.shards import ShardSet
+from clip_train.tensors import load_tensors, load_weights
 from diffusion.align import Watched, clip_features, misalignment
 from diffusion.decoder import DecoderConfig, DecoderDenoiser, drop_some, noised, picture_cond
 from diffusion.denoiser import Cond, denoising_loss, loss_weight
@@ -147,21 +148,7 @@ def train_decoder(
     else:
         denoiser, notes = DecoderDenoiser(config), {}
         take_weights(denoiser, init)
-    density, scaling = density_of(config), denoiser.scaling
-
-    def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
-        x0, cond = batch["pixels"].float() / 127.5 - 1, shown(batch, config, encoder, rng)
-        sigma = density(stratified(len(x0), rng))
-        noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-        weight = loss_weight(scaling, sigma, config.weighting)
-        if not config.align:
-            return denoising_loss(model, x0, cond, sigma, noise, weight), {}
-        watched = Watched(model)
-        value = denoising_loss(watched, x0, cond, sigma, noise, weight)
-        away = misalignment(watched.features, clip_features(encoder, batch["pixels"]))
-        return value + config.align * away, {"denoising": float(value.detach()), "misalignment": float(away.detach())}
-
-    batches = feed.batches(fit_config)
+    loss, batches = diffusion_loss(config, denoiser, encoder), feed.batches(fit_config)
     told = {"on_progress": on_progress, "on_warning": on_warning}
     result = fit(denoiser, batches, loss, fit_config, space.path, device=place, **told)
     return publish(space, denoiser, config, result, {"pictures": len(feed.pictures)} | notes)
@@ -206,6 +193,28 @@ def fitted(config: DecoderConfig, feed: PictureFeed) -> tuple[DecoderDenoiser, d
         blocks = np.array_split(found, -(-len(found) // 4096))
         denoiser.network.wiener.take((feed.rows(some) for some in blocks), linear.penalty)
     return denoiser, {"linear_penalty": linear.penalty, "linear_spread": linear.spread}
+
+
+def diffusion_loss(config: DecoderConfig, decoder: DecoderDenoiser, encoder: Clip | None) -> LossFunction:
+    """The denoising loss of a batch of pictures, with `align` that of the hidden states as well.
+
+    encoder: the CLIP whose text states or features are looked at; None where the config asks for neither.
+    """
+    density, scaling = density_of(config), decoder.scaling
+
+    def loss(model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict]:
+        x0, cond = batch["pixels"].float() / 127.5 - 1, shown(batch, config, encoder, rng)
+        sigma = density(stratified(len(x0), rng))
+        noise = torch.randn(x0.shape, generator=rng, device=x0.device)
+        weight = loss_weight(scaling, sigma, config.weighting)
+        if not config.align:
+            return denoising_loss(model, x0, cond, sigma, noise, weight), {}
+        watched = Watched(model)
+        value = denoising_loss(watched, x0, cond, sigma, noise, weight)
+        away = misalignment(watched.features, clip_features(encoder, batch["pixels"]))
+        return value + config.align * away, {"denoising": float(value.detach()), "misalignment": float(away.detach())}
+
+    return loss
 
 
 def shown(batch: Batch, config: DecoderConfig, encoder: Clip | None, rng: torch.Generator) -> Cond:

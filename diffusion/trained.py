@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from clip_train import ranks
-from clip_train.checkpoint import load_tensors, load_weights, save_tensors
 from clip_train.fit import FitConfig, FitResult
 from clip_train.folder import Manifest, Workspace, read_manifest, write_file
 from clip_train.settings import UserError, config_from_json, config_to_json, override
 from clip_train.store import EmbeddingStore
+from clip_train.tensors import load_tensors, load_weights, save_tensors
 from diffusion.decoder import DecoderConfig, DecoderDenoiser
 from diffusion.denoiser import Denoiser
 from diffusion.prior import PriorConfig, PriorDenoiser

@@ -220,7 +220,7 @@ def _centres(store: Rows, modality: str, kind: Kind, scratch: Path) -> np.ndarra
             some = rows_of(store, modality, wanted[low : low + BLOCK])
             sample[low : low + len(some)] = torch.from_numpy(some)
         _save_array(path, k_means(sample, kind.lists).numpy())
-    return np.load(path)
+    return load_array(path)
 
 
 def k_means(sample: torch.Tensor, count: int, rounds: int = ROUNDS) -> torch.Tensor:
@@ -258,9 +258,9 @@ def _owners(store: Rows, part: Part, rows: np.ndarray, start: int) -> np.ndarray
     lists = part.kind.lists
     path = part.scratch / f"owners{lists}.{start}-{start + len(rows)}.npy"
     if not path.exists():
-        centres = torch.from_numpy(np.load(part.scratch / f"centres{lists}.npy")).to(_coarse(part.scratch))
+        centres = torch.from_numpy(load_array(part.scratch / f"centres{lists}.npy")).to(_coarse(part.scratch))
         _save_array(path, nearest(torch.from_numpy(rows), centres).numpy().astype(np.int32))
-    return np.load(path).astype(np.int64)
+    return load_array(path).astype(np.int64)
 
 
 def _trained(store: Rows, modality: str, kind: Kind, scratch: Path) -> None:
@@ -273,7 +273,7 @@ def _trained(store: Rows, modality: str, kind: Kind, scratch: Path) -> None:
         refine = faiss.index_factory(store.dim, kind.refine, faiss.METRIC_INNER_PRODUCT)
         refine.train(rows)
         write_index(refine, scratch / f"{_slug(kind)}.empty-refine")
-    centres = np.load(scratch / f"centres{kind.lists}.npy") if kind.lists else None
+    centres = load_array(scratch / f"centres{kind.lists}.npy") if kind.lists else None
     if kind.rotate:
         turn = faiss.OPQMatrix(store.dim, kind.rotate)
         turn.niter, turn.niter_pq, turn.max_train_points = 10, 4, TRAINING
@@ -303,8 +303,8 @@ def _trained(store: Rows, modality: str, kind: Kind, scratch: Path) -> None:
 def _filled(store: Rows, part: Part, report: Callable[[int], None] | None = None) -> tuple[faiss.Index, Any]:
     """The codes of a part, and what refines them (None if nothing does)."""
     base = part.scratch / _slug(part.kind)
-    codes = faiss.read_index(f"{base}.empty")
-    refine = faiss.read_index(f"{base}.empty-refine") if part.kind.refine else None
+    codes = read_stage(Path(f"{base}.empty"))
+    refine = read_stage(Path(f"{base}.empty-refine")) if part.kind.refine else None
     owner, turn = _rotation(part.kind, part.scratch) if part.kind.rotate else (None, None)
     for low in range(part.start, part.stop, BLOCK):
         rows = rows_of(store, part.modality, range(low, min(low + BLOCK, part.stop)))
@@ -332,12 +332,12 @@ def _save_part(store: Rows, part: Part, report: Callable[[int], None] | None = N
 def _merged(parts: Iterable[Part]) -> tuple[faiss.Index, Any]:
     """The parts as one, in the order of their rows."""
     first, *others = parts
-    codes = faiss.read_index(str(first.codes))
-    refine = faiss.read_index(str(first.refine)) if first.kind.refine else None
+    codes = read_stage(first.codes)
+    refine = read_stage(first.refine) if first.kind.refine else None
     for part in others:
-        codes.merge_from(faiss.read_index(str(part.codes)), 0)  # ids are those of the whole already
+        codes.merge_from(read_stage(part.codes), 0)  # ids are those of the whole already
         if refine is not None:
-            refine.merge_from(faiss.read_index(str(part.refine)), 0)
+            refine.merge_from(read_stage(part.refine), 0)
     return codes, refine
 
 
@@ -357,7 +357,7 @@ def _assemble(kind: Kind, codes: faiss.Index, refine: Any, scratch: Path, path: 
 
 def _rotation(kind: Kind, scratch: Path) -> tuple[faiss.Index, Any]:
     """A trained rotation, and the empty index that owns it."""
-    owner = faiss.read_index(str(scratch / f"{_slug(kind)}.rotation"))
+    owner = read_stage(scratch / f"{_slug(kind)}.rotation")
     return owner, faiss.downcast_VectorTransform(owner.chain.at(0))
 
 
@@ -373,12 +373,30 @@ def _slug(kind: Kind) -> str:
     return kind.name.replace(",", "_").replace("(", "_").replace(")", "")
 
 
+def read_stage(path: Path) -> faiss.Index:
+    """An index in the scratch folder."""
+    try:
+        return faiss.read_index(str(path))
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged; remove {path.parent}/ and run the command again") from error
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An array in the scratch folder."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged; remove {path.parent}/ and run the command again") from error
+
+
 def write_index(index: faiss.Index, path: Path) -> None:
     """Whole or not at all; a killed run's half goes when the workspace is opened again."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:  # faiss's own files do not notice if their last 4 kB find no room
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -21,7 +21,7 @@ import numpy as np
 from clip_train.folder import Input, Manifest, Workspace, partial_of, read_manifest, write_file
 from clip_train.settings import Progress, UserError
 from clip_train.store import EmbeddingStore
-from retrieval import swap
+from retrieval import seal, swap
 from retrieval.index import MODALITIES, build_index, checked, choose_and_build
 from retrieval.live import DELETED, SEGMENTS, STATE, LiveIndex, State
 from retrieval.vectors import ROWS, sources_of
@@ -168,6 +168,7 @@ def compact(
         if len(sources) > 1 or not np.array_equal(source_row, np.arange(sources[0]["rows"])):
             result["sources"] = sources
             np.save(space.path / ROWS, source_row)
+            result[ROWS] = seal.seal(space.path / ROWS)
         _write_metadata(live, space.path / "metadata")
         store = LiveRows(live, rows)
         for modality in MODALITIES:
@@ -337,4 +338,4 @@ def _write_metadata(live: LiveIndex, folder: Path) -> None:
         if keep.all():
             shutil.copyfile(table.paths[part], path)
         elif keep.any():
-            pq.write_table(table.part(part).filter(pa.array(keep)), path)
+            pq.write_table(table.part(part).filter(pa.array(keep)), path, write_page_checksum=True)

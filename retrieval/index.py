@@ -18,10 +18,10 @@ from typing import Any
 import faiss
 import numpy as np
 
-from clip_train.folder import Input, Manifest, Workspace, write_file
+from clip_train.folder import MANIFEST, Input, Manifest, Workspace, read_manifest, write_file
 from clip_train.settings import Progress, UserError
 from clip_train.store import EmbeddingStore, first_not_unit
-from retrieval import build, tune
+from retrieval import build, seal, tune
 from retrieval.kinds import NAMES, Kind, tiers
 from retrieval.tune import MODALITIES
 
@@ -57,7 +57,7 @@ def build_index(
     replaced by flat. workers: processes that add rows; engine: local, or ray (a cluster that sees the folders).
     The manifest's result has, for image and text: kind, knob, value, k_factor (of refined kinds), recall (on other
     queries than those that the value was found on; where it was below the recall on these, it was raised a little),
-    queries_per_second (of one core), bytes_per_vector, and tried.
+    queries_per_second (of one core), bytes_per_vector, tried, and bytes and sha256 of the file.
     A killed build goes on from its finished stages when it is run again.
     UserError: rows that are not unit rows, or a recall that the memory does not allow.
     """
@@ -80,7 +80,7 @@ def build_index(
     result["shards"] = store.manifest.result.get("shards", [])
     (space.path / "metadata").mkdir(exist_ok=True)
     (space.path / "scratch").mkdir(exist_ok=True)
-    for path in store.table.paths:
+    for path, _ in zip(store.table.paths, store.table.parts(), strict=True):  # read, as what is damaged is refused
         shutil.copyfile(path, space.path / "metadata" / path.name)
     notes = {modality: space.path / "scratch" / f"{modality}.json" for modality in MODALITIES}
     for modality, note in notes.items():
@@ -157,7 +157,7 @@ def choose_and_build(
             if memory is not None and file.stat().st_size > memory:
                 file.unlink()
                 continue
-            index = faiss.read_index(str(file))
+            index = build.read_stage(file)
             setting, seen = tune.tune(index, one, asked, recall)
             tried += seen
             confirmed = setting and tune.confirm(index, setting, others, recall)
@@ -180,6 +180,7 @@ def choose_and_build(
 def load_index(folder: Path | str, modality: str = "image") -> faiss.Index:
     """image.index or text.index of a folder, memory-mapped as far as the installed faiss can.
 
+    UserError: no such file, or one that is not what the folder's manifest says (seal.py), which faiss never sees.
     Since faiss 1.11 all but the packed codes of fast-scan kinds is read from the file when it is needed; before, only
     the lists of IVF,SQ and IVF,Flat. (What searches Flat and SQfp16 for unclip makes a copy of half the width of a
     float32 at the first batch: filtered.FilteredIndex.)
@@ -187,6 +188,8 @@ def load_index(folder: Path | str, modality: str = "image") -> faiss.Index:
     path = Path(folder) / f"{modality}.index"
     if not path.exists():
         raise UserError(f"{path} does not exist; make it: unclip index")
+    if (path.parent / MANIFEST).exists():  # a file of faiss alone has nothing to be compared with
+        seal.refuse_changed(path, read_manifest(path.parent, "index").result.get(modality))
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
     try:
         index = faiss.read_index(str(path), mapped | faiss.IO_FLAG_READ_ONLY)
@@ -207,7 +210,7 @@ def parse_bytes(text: int | str) -> int:
 
 def _finish(best: Built, others: tune.Questions, path: Path, n: int) -> dict[str, Any]:
     """Write the index with its knobs set to `path`; what is known of it."""
-    index = faiss.read_index(str(best.file))
+    index = build.read_stage(best.file)
     best.setting.apply(index)
     by_64 = others.speed(index, 64)
     build.write_index(index, path)
@@ -216,6 +219,7 @@ def _finish(best: Built, others: tune.Questions, path: Path, n: int) -> dict[str
         "queries_per_second": best.speed,
         "queries_per_second_by_64": by_64,
         "bytes_per_vector": round(path.stat().st_size / n, 1),
+        **seal.seal(path),
     }
 
 

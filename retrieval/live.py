@@ -130,7 +130,10 @@ class LiveIndex:
                 rows = sum(part.rows for part in parts)
                 if deleted.dtype.kind not in "iu" or deleted.ndim != 1 or not all((0 <= deleted) & (deleted < rows)):
                     raise ValueError("not numbers of rows")
-            except (OSError, ValueError, EOFError) as error:
+                sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+                if said.deleted.get("fingerprint", sha256).removeprefix("sha256:") != sha256:
+                    raise ValueError("not the rows that were deleted")
+            except (OSError, ValueError, EOFError, AttributeError) as error:
                 raise UserError(f"{path} is missing or damaged; {AGAIN}") from error
         return cls(folder, state, parts, deleted)
 
@@ -259,8 +262,8 @@ class LiveTable(MetadataTable):
     def __init__(self, folders: Sequence[Path]) -> None:
         import pyarrow as pa
 
-        tables = [MetadataTable(folder) for folder in folders]
-        super().__init__(folders[0])
+        tables = [MetadataTable(folder, AGAIN) for folder in folders]
+        super().__init__(folders[0], AGAIN)
         self.paths = [path for table in tables for path in table.paths]
         self.counts = [count for table in tables for count in table.counts]
         self.starts = np.cumsum([0, *self.counts])
@@ -271,7 +274,7 @@ class LiveTable(MetadataTable):
         import pyarrow.parquet as pq
 
         try:
-            return checked_table(pq.ParquetFile(self._held[part]), columns)
+            return checked_table(pq.ParquetFile(self._held[part], page_checksum_verification=True), columns)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.paths[part]} cannot be read ({' '.join(str(error).split())}); {AGAIN}") from error
 

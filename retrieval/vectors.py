@@ -12,6 +12,7 @@ import numpy as np
 from clip_train.folder import Manifest, read_manifest
 from clip_train.settings import UserError
 from clip_train.store import UNREADABLE, EmbeddingStore
+from retrieval import seal
 
 ROWS = "rows.npy"  # of a compacted folder: the row of its sources, counted through them, that each of its rows was
 BLOCK = 16_384  # vectors that are made at a time
@@ -29,9 +30,9 @@ class Vectors:
         self._index = index
         self.dim: int = manifest.result["dim"]
         rows = manifest.folder / ROWS
-        self._source_row = _numbers_in(rows, manifest.result["rows"]) if rows.exists() else None
-
+        seal.refuse_changed(rows, manifest.result.get(ROWS))
         self._ends = np.cumsum([source.result["rows"] for source in sources_of(manifest)])
+        self._source_row = _numbers_in(rows, manifest.result["rows"], self._ends[-1]) if rows.exists() else None
 
     @cached_property
     def stores(self) -> list[EmbeddingStore | None]:
@@ -69,10 +70,11 @@ class Vectors:
         return out
 
 
-def _numbers_in(path: Path, count: int) -> np.ndarray:
+def _numbers_in(path: Path, count: int, below: int) -> np.ndarray:
+    """(count,) the numbers in a file, all of them 0 .. below - 1."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        if rows.shape == (count,) and rows.dtype.kind in "iu":
+        if rows.shape == (count,) and rows.dtype.kind in "iu" and 0 <= rows.min() and rows.max() < below:
             return rows
     except (*UNREADABLE, AttributeError):
         pass

@@ -110,6 +110,37 @@ def test_a_command_that_cannot_run_says_why_in_one_line(tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []  # and nothing was left behind
 
 
+class DistError(RuntimeError):
+    """As torch's, whose children tell of NCCL and of the meeting of the ranks."""
+
+
+@pytest.mark.parametrize(
+    "error, world, code",
+    [
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset"), "2", 1),
+        (type("DistBackendError", (DistError,), {})("NCCL error: remote process exited"), "2", 1),
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:545] out of memory"), "2", 2),
+        (RuntimeError("a size that does not fit"), "2", None),
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error"), "1", None),
+    ],
+)
+def test_a_rank_that_loses_another_says_so_in_one_line_and_a_bug_is_still_seen(monkeypatch, capsys, error, world, code):
+    def fall(**_):
+        raise error
+
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", "1" if world == "2" else "0")
+    monkeypatch.setattr(cli.cli, "main", fall)
+    if code is None:
+        with pytest.raises(RuntimeError):
+            cli.run()
+        return
+    assert cli.run() == code
+    told = capsys.readouterr().err
+    assert told.startswith("unclip: rank 1: ") and told.count("\n") == 1
+    assert ("another rank was lost" in told) == (code == 1) and ("not enough memory" in told) == (code == 2)
+
+
 def test_a_table_lines_up_its_columns(capsys):
     console.print_table(("rank", "caption"), [(1, "a"), (10, "two\nlines")])
     assert capsys.readouterr().out == "rank  caption\n1     a\n10    two lines\n"

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from clip_train.checkpoint import load_tensors, save_tensors
 from clip_train.ema import (
     WIDTHS,
     Average,
@@ -20,6 +19,7 @@ from clip_train.ema import (
 )
 from clip_train.fit import FitConfig, fit
 from clip_train.settings import UserError
+from clip_train.tensors import load_tensors, save_tensors
 
 
 def tied():

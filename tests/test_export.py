@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import cli
 from clip_train import export
-from clip_train.checkpoint import load_tensors
 from clip_train.export import export_hf, export_onnx, hf_config
 from clip_train.model import WEIGHTS_FILE, Clip, preprocess_config
 from clip_train.settings import UserError
+from clip_train.tensors import load_tensors
 
 CAPTIONS = ["a red fox", "one of many", "x", "a caption that is longer than the context of this model by some tokens"]
 CONFIG = {

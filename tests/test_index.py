@@ -327,6 +327,9 @@ def test_a_damaged_index_file_is_one_line(small, tmp_path):
     build_index(small, tmp_path / "index")
     path = tmp_path / "index" / "image.index"
     path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="image.index is not what was written .* make it again: unclip index"):
+        load_index(tmp_path / "index")
+    (tmp_path / "index" / "manifest.json").unlink()  # faiss itself notices that one, and not much else
     with pytest.raises(UserError, match="image.index is damaged"):
         load_index(tmp_path / "index")
 

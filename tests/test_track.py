@@ -112,6 +112,8 @@ def write(folder, entries):
 def test_curves_are_drawn_of_whatever_a_run_has_recorded(tmp_path):
     write(tmp_path, [{"step": 10, "loss": 1.0, "lr": 1e-3}])  # two panels
     small = Image.open(io.BytesIO(track.curves(tmp_path).read_bytes())).size
+    write(tmp_path, [{"step": 1, "loss": 1.0, "norm": 0.0, "rank_image": math.nan}])  # of weights that are destroyed
+    track.curves(tmp_path)
     entries = [
         {"step": s, "loss": 5 * math.exp(-s / 300), "lr": 1e-3, "norm": 2.0, "scale": 14.0} for s in range(1, 900)
     ]

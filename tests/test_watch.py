@@ -175,6 +175,7 @@ def test_effective_rank_counts_the_directions_that_are_used():
     assert effective_rank(torch.eye(7, 12)) == pytest.approx(7)
     assert effective_rank(torch.eye(7, 12).repeat(9, 1)) == pytest.approx(7)
     assert effective_rank(torch.ones(20, 5)) == pytest.approx(1, abs=1e-3)
+    assert math.isnan(effective_rank(torch.full((20, 5), math.inf)))
     # singular values 2 and 1: shares 2/3 and 1/3
     assert effective_rank(torch.diag(torch.tensor([2.0, 1.0]))) == pytest.approx(3 / 2 ** (2 / 3))
 

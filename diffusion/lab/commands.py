@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, say, shards_option
+from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, say, shards_option, warn
 
 if TYPE_CHECKING:
     from diffusion.lab.experiment import Part
@@ -212,7 +212,7 @@ def lab_all(folder, embeddings, image, steps, count, seed, out, device) -> None:
             from diffusion.quickstart import run_quickstart
 
             say("no --run: the quickstart's models, which are trained first (about ten minutes on a CPU)")
-            run_quickstart(folder, device=device, bars=Bars, say=say)
+            run_quickstart(folder, device=device, bars=Bars, say=say, on_warning=warn)
     found = Run.find(folder, embeddings)
     story = story_of(found, image=image, steps=steps, count=count, seed=seed, device=device)
     for name, why in story.missing.items():

@@ -145,7 +145,7 @@ def command_on(*words: str) -> Callable[[Path, random.Random, np.ndarray], Outco
 
 def finite(folder: Path) -> str:
     """What is wrong with the index, or the prior, that was made."""
-    from clip_train.checkpoint import load_tensors
+    from clip_train.tensors import load_tensors
 
     for path in folder.glob("new*/model.safetensors"):
         for name, tensor in load_tensors(path)[0].items():
@@ -178,4 +178,5 @@ WAYS: dict[str, Callable[[Path, random.Random, np.ndarray], Outcome]] = {
 
 
 def run(numbers, seed: int, folder: Path, tell: Callable) -> Tally:
+    world()  # outside of the first case's time
     return tried_all(case, numbers, seed, folder, tell)

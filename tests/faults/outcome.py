@@ -27,6 +27,7 @@ class Tally:
 
     counts: dict[str, Counter] = field(default_factory=dict)
     losses: list[tuple[str, str, Outcome]] = field(default_factory=list)  # (kind, what the case was, outcome)
+    notes: list[str] = field(default_factory=list)  # markdown below the table: bands, worst errors
 
     def add(self, kind: str, case: str, outcome: Outcome) -> None:
         self.counts.setdefault(kind, Counter())[outcome.how] += 1

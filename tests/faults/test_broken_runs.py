@@ -88,8 +88,9 @@ def test_a_plan_that_is_whole_is_gone_on_with(tmp_path):
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_gone_on_from(damage, tmp_path):
     import crew
 
-    from clip_train.checkpoint import BEFORE, NEWEST, checkpoints, load_tensors
+    from clip_train.checkpoint import BEFORE, NEWEST, checkpoints
     from clip_train.settings import UserError
+    from clip_train.tensors import load_tensors
 
     whole, folder = crew.train(tmp_path / "whole"), tmp_path / "broken"
     assert crew.train(folder, stop=4, save_every=0) is None

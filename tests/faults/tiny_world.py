@@ -31,6 +31,7 @@ def world() -> Path:
     world.place = place  # removed when the process ends
     root = Path(place.name)
     tiny.shards(root / "shards", 44, 15)
+    tiny.shards(root / "others", 8)
     (root / "fox.png").write_bytes(tiny.picture(7))
     Image.linear_gradient("L").resize((20, 20)).point(lambda grey: 255 * (grey > 99)).save(root / "mask.png")
     (root / "captions.txt").write_text("one of many\npicture number 1\n")
@@ -39,13 +40,14 @@ def world() -> Path:
     quick = ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
     made = [root / name for name in ("shards", "clip", "emb", "index", "prior", "decoder")]
     shards, clip, emb, index, prior, decoder = map(str, made)
+    draw = ["train", "decoder", "--shards", shards, "--clip", clip]
     upsampler = ["train", "upsampler", "--shards", shards, "--clip", clip, "--out", f"{root}/upsampler"]
     for words in (
         ["train", "clip", "--shards", shards, "--out", clip, *quick, *sets(CLIP)],
         ["embed", "--shards", shards, "--clip", clip, "--out", emb, "--device", "cpu"],
         ["index", "--embeddings", emb, "--out", index],
         ["train", "prior", "--embeddings", emb, "--out", prior, *quick, *sets(PRIOR)],
-        ["train", "decoder", "--shards", shards, "--clip", clip, "--out", decoder, *quick, *sets(DECODER)],
+        [*draw, "--out", decoder, *quick, *sets([*DECODER, "ema_snapshots=2"])],
         [*upsampler, *quick, *sets(UPSAMPLER)],
         ["cluster", "--index", index, "--out", str(root / "clusters"), "--no-sheets"],
         ["generate", "a fox", "--prior", prior, "--decoder", decoder, "--set", "steps=2", "--out", f"{root}/made.png"],

@@ -18,7 +18,7 @@ import cli
 from clip_train.console import Bars
 from clip_train.settings import UserError
 
-SECONDS = 20  # that one case may take: longer is a hang
+SECONDS = 60  # that one case may take: longer is a hang. The longest takes 8 of a core, which others may be using, too
 
 
 @dataclass(frozen=True)
