@@ -279,7 +279,9 @@ def decoder_training(rng: random.Random) -> Training:
         network=rng.choice(list(PLANS)), noise_image=rng.choice((0.0, 0.3)), sigma_data=rng.choice((0.5, 0.1)),
         weighting=rng.choice(WEIGHTINGS), text=text, text_width=32, align=align, align_width=32, **_noise(rng),
     )  # fmt: skip
-    model, encoder = awake(DecoderDenoiser(config)), tiny._random_clip(32, 0).eval().requires_grad_(False)
+    with torch.random.fork_rng():  # it is seeded when it is made, which is the first time only
+        encoder = tiny._random_clip(32, 0).eval().requires_grad_(False)
+    model = awake(DecoderDenoiser(config))
     count = rng.choice((1, 4, 8))
     batch = {"pixels": pictures(count, 16, rng), "image": rows(count, 32, rng)}
     if text:
