@@ -16,7 +16,7 @@ import diffusion.evaluate_commands as evaluate_commands
 import diffusion.lab.commands as lab_commands
 import diffusion.upsample_commands as upsample_commands
 import retrieval.commands as retrieval_commands
-from clip_train.console import CONTEXT, is_main, say
+from clip_train.console import CONTEXT, harmless, is_main, say
 
 
 def main() -> None:
@@ -87,13 +87,18 @@ TERMINATED: list[int] = []  # SIGTERM, when it came
 
 
 def terminated(number: int, _frame: object) -> None:
-    """SIGTERM ends a command as Ctrl-C does: what is open is closed, and one line says how to go on."""
+    """SIGTERM ends a command as Ctrl-C does: what is open is closed, and one line says how to go on.
+
+    A second one ends it at once, whatever it is still waiting for.
+    """
+    signal.signal(number, signal.SIG_DFL)
     TERMINATED.append(number)
     raise KeyboardInterrupt
 
 
 def stopped() -> int:
     """Say that a signal ended the command; returns the exit code."""
+    sys.unraisablehook = lambda _: None  # what was left half made (a bar of tqdm's) complains as it goes
     say("unclip: stopped; run the same command again to go on")
     return 143 if TERMINATED else 130
 
@@ -103,7 +108,7 @@ def complain(error: Exception, text: str) -> None:
     if is_main():
         say(f"unclip: {text}")
     elif type(error).__name__ != "ToldByMain":
-        click.echo(f"unclip: rank {os.environ['RANK']}: {text}", err=True)
+        click.echo(harmless(f"unclip: rank {os.environ['RANK']}: {text}"), err=True)
 
 
 @click.group(context_settings=CONTEXT)

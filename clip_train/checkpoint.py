@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clip_train import ranks
+from clip_train.folder import CHECKPOINT
 from clip_train.parallel import copy_whole
 from clip_train.sharded_checkpoint import load_sharded, save_sharded
-from clip_train.tensors import Damaged, load_tensors, refuse_others, save_tensors
+from clip_train.tensors import Damaged, load_tensors, refusal, refuse_others, refuse_unreadable, save_tensors
 
-NEWEST, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"
+NEWEST, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # both as folder.CHECKPOINT has them
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,15 @@ def load_training(
 ) -> dict[str, Any] | None:
     """Put the newest checkpoint back, on as many ranks as there are now; returns its numbers, None if there is none.
 
-    One that is damaged is removed, and on_warning told, if the one before is not. Damaged if all are.
+    One that is damaged is removed, and on_warning told, if the one before is not. Damaged if all are; UserError if one
+    cannot be read, for it may be whole.
     """
     failures: list[tuple[Path, str]] = []
-    for path in ranks.broadcast(_latest_first(folder)):
-        numbers, failure = None, ""
+    for path in ranks.from_main(lambda: _latest_first(folder)):
         try:
-            numbers = _load(path, training)
+            numbers = ranks.agreed(lambda path=path: _load(path, training))
         except Damaged as error:
-            failure = str(error)
-        failure = next(filter(None, ranks.collect(failure)), "")
-        if failure:
-            failures.append((path, failure))
+            failures.append((path, str(error)))
             continue
         if ranks.is_main():
             for bad, why in failures:
@@ -104,7 +102,7 @@ def load_training(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder."""
-    return sorted(p for p in folder.glob("checkpoint*") if p.name in (NEWEST, BEFORE) or p.is_dir())
+    return sorted(path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name))
 
 
 def _latest_first(folder: Path) -> list[Path]:
@@ -122,7 +120,7 @@ def _latest_first(folder: Path) -> list[Path]:
 def _load(path: Path, training: Training) -> dict[str, Any]:
     """Put a checkpoint back; returns its numbers."""
     if path.is_dir():
-        numbers = _numbers(path)
+        numbers = ranks.agreed(lambda: _numbers(path))
         load_sharded(path, training, numbers)
         return numbers
     tensors, numbers = load_tensors(path)
@@ -144,7 +142,8 @@ def _numbers(path: Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             return json.loads((path / "numbers.json").read_text())
+        refuse_unreadable(path)
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["json"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(f"{path} is damaged or not a checkpoint ({error})") from error
+        raise refusal(path, error) from error

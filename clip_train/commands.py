@@ -78,7 +78,7 @@ def shard(source: Path, out: Path, fetch: bool, fetch_private: bool, **options: 
 @click.option("--ranks", default=1, show_default=True, type=Whole(1), help="Processes that are to train.")
 @click.option("--workers", default=0, show_default=True, type=Whole(0), help="Reading processes per rank.")
 @click.option("--context-length", default=77, show_default=True, type=Whole(3), help="Tokens the model reads.")
-@click.option("--distance", default=4, show_default=True, type=Whole(0, 12), help="Bits between look-alikes.")
+@click.option("--distance", default=4, show_default=True, type=click.IntRange(0, 12), help="Bits between look-alikes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the whole report to this json file.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write groups of look-alikes to this PNG.")
 @click.option("--threads", type=Whole(1), help="Decode so many pictures at once; by default one per core.")

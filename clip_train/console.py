@@ -48,6 +48,15 @@ def say(text: str) -> None:
         click.echo(harmless(text), err=True)
 
 
+def put(text: Any, bold: bool = False, nl: bool = True) -> None:
+    """A result, to stdout: as it is into a file or a pipe, and harmless in a terminal."""
+    if not sys.stdout.isatty():
+        click.echo(str(text), nl=nl, color=True)  # or click takes out what looks like a colour
+        return
+    shown = harmless(str(text))
+    click.echo(click.style(shown, bold=True) if bold else shown, nl=nl)
+
+
 def warn(text: str) -> None:
     """on_warning of the library's long calls."""
     say(f"warning: {text}")
@@ -173,11 +182,11 @@ def write_figures(figures: dict[str, Any], out: Path | None, tables: list[tuple]
 
         write_file(out, text.encode())
     if tables is None or not sys.stdout.isatty():
-        click.echo(text)
+        put(text)
         return
     for n, (title, head, rows) in enumerate(tables):
         if n:
             click.echo()
         if title:
-            click.echo(click.style(title, bold=True))
+            put(title, bold=True)
         print_table(head, rows)

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from clip_train.address import ADDRESS, without_secrets
 from clip_train.settings import UserError
 
 try:
@@ -27,6 +28,7 @@ except ImportError:  # Windows: no advisory locks, so two writers of one folder 
     fcntl = None
 
 MANIFEST = "manifest.json"
+CHECKPOINT = re.compile(r"checkpoint(-before)?\.safetensors|checkpoint-\d{9,}")  # those that training writes
 LOCKS = (".lock", ".plan.lock")  # held as long as a process writes the folder; while it opens it
 # settings that may differ between a run and its resume
 HOW_TO_RUN = {"save_every", "log_every", "validate_every", "watch_every", "workers", "parallel"}
@@ -69,9 +71,11 @@ class Manifest:
     folder: Path = Path()
 
     def input_path(self, name: str) -> Path | None:
-        """Where the input was when the command ran, if it is still there."""
+        """Where the input was when the command ran, if it is still there; None if it was an address or a command."""
         recorded = self.inputs.get(name, {}).get("path")
         if not recorded:
+            return None
+        if ADDRESS.search(recorded):  # nothing that a file holds is fetched or run
             return None
         path = Path(os.path.normpath(self.folder / recorded))
         return path if path.exists() or "::" in recorded or set("*?{") & set(recorded) else None
@@ -234,8 +238,7 @@ class Workspace:
                 if done.fingerprint != replaces:
                     _refuse_other(f"{out}/", plan, dataclasses.asdict(done), "choose another --out or remove it", base)
                     if (out / "plan.json").exists():  # killed between the last rename and the end of publish()
-                        with contextlib.suppress(OSError):
-                            _sweep(out)
+                        _sweep(out)
                     return cls(out, out, plan, done, None)
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -274,6 +277,7 @@ class Workspace:
         if started.exists():
             try:
                 before = json.loads(started.read_text())
+                before.pop("leftovers", None)  # of a publish() that was killed
                 inputs = before["inputs"].values() if isinstance(before["config"], dict) else ()
                 if before.keys() != plan.keys() or not all(isinstance(one.get("path"), str) for one in inputs):
                     raise ValueError("not a plan")
@@ -315,8 +319,8 @@ class Workspace:
         leftovers = _leftovers(self.path)
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in skip)
         # what trackers and post-hoc averages are made of stays, and is not what the folder is for
-        aside = [*leftovers, self.path / "logs", self.path / "snapshots"]
-        files = [p for p in files if not any(p == one or one in p.parents for one in aside)]
+        aside = {*leftovers, self.path / "logs", self.path / "snapshots"}
+        files = [p for p in files if aside.isdisjoint((p, *p.parents))]
         for path in files:
             _flush(path)
         manifest = Manifest(
@@ -328,6 +332,8 @@ class Workspace:
             folder=self.out,
         )
         data = {k: v for k, v in vars(manifest).items() if k != "folder"}
+        names = [path.relative_to(self.path).as_posix() for path in leftovers]
+        write_file(self.path / "plan.json", json.dumps(self._plan | {"leftovers": names}, indent=1).encode())
         write_file(self.path / MANIFEST, json.dumps(data, indent=1).encode())
         if self._replaces and (self.out / MANIFEST).exists():
             os.rename(self.out, _free_name(self.out))
@@ -340,14 +346,26 @@ class Workspace:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What only an unfinished folder needs; plan.json last, so that it stays as long as there are others."""
-    return [folder / "scratch", *folder.glob("checkpoint*"), *folder.rglob(".*"), folder / "plan.json"]
+    """What only an unfinished folder needs, beside plan.json: files, and after them the folders they are in."""
+    tops = [folder / "scratch", *folder.rglob(".*"), *(p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name))]
+    found = {path for top in tops for path in (top, *(() if top.is_symlink() else top.rglob("*")))}
+    return sorted(found, reverse=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a folder that is finished needs no more."""
-    for left in _leftovers(folder):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    """Remove what publish() noted, and only that, from a folder that is finished; plan.json last, if no file stays.
+
+    Whatever cannot be removed now is left to the next process that opens the folder; another may be at it already.
+    """
+    plan = folder / "plan.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, AttributeError):
+        noted = set(json.loads(plan.read_text()).get("leftovers", []))
+        left = [path for path in _leftovers(folder) if path.relative_to(folder).as_posix() in noted]
+        for path in left:
+            with contextlib.suppress(OSError):  # a folder that holds what somebody put there since, for one
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not any(path.is_symlink() or path.is_file() for path in left):
+            plan.unlink()
 
 
 def _flush(path: Path) -> None:
@@ -390,18 +408,8 @@ def write_file(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def without_secrets(address: str) -> str:
-    """The addresses in a text without user names, passwords and queries, which may be signed; for all that is kept or
-    said. Of a shell command (pipe:), also without what curl and its kin are told after -u, -H and the like."""
-    if "pipe:" in address:
-        told = r"""(?<!\S)(-u|-H|--user|--header|--oauth2-bearer|--password)([ =]\s*)('[^']*'|"[^"]*"|\S+)"""
-        address = re.sub(told, r"\1\2...", address)
-    plain = re.sub(r"://[^/\s'\"]*@", "://", address)
-    return re.sub(r"""(://[^\s'"?]*)\?[^\s'"]*?(?=::|['"\s]|$)""", r"\1", plain)
-
-
 def _relative(path: Path | str, base: Path) -> str:
-    if re.search(r"pipe:|://", str(path)):  # an address stands for itself, without its passwords
+    if ADDRESS.search(str(path)):  # an address stands for itself, without its passwords
         return without_secrets(str(path))
     if ":" in str(path) and "::" not in str(path) and not os.path.exists(path):  # a name such as ViT-B-32:openai
         return str(path)

@@ -51,6 +51,8 @@ def _refuse_malformed(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any])
     for where in ({"embed_dim": model_cfg["embed_dim"]}, model_cfg["vision_cfg"], model_cfg["text_cfg"]):
         for name, value in where.items():
             numbers = value if isinstance(value, list) and value else [value]
+            if value is None and name == "patch_size":  # open_clip's own ResNets say so: they have no patches
+                continue
             if name in SIZES and not all(type(n) is int and 0 < n <= SIZES[name] for n in numbers):
                 raise ValueError(f"{name} = {value!r}")
     size = preprocess_cfg["size"]

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from clip_train.arrays import new_array
 from clip_train.folder import write_file
 from clip_train.ranks import rank as own_rank
 from clip_train.settings import Progress, UserError
@@ -89,16 +90,6 @@ def decode_picture(data: bytes, max_pixels: float = MAX_PIXELS, least: int = 0) 
         raise PictureError(f"more than {max_pixels / 1e6:g} million pixels") from error
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """A .npy file of zeros to write into. OSError if the disk has no room for all of it: without that, the process
-    would be killed (SIGBUS) where it writes what does not fit."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
 
 
 def pixel_count(data: bytes) -> int:

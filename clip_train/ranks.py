@@ -103,6 +103,22 @@ def from_main(work: Callable[[], Any]) -> Any:
     return answer
 
 
+def agreed(work: Callable[[], Any]) -> Any:
+    """What work() returns on this rank, once it has on all; a UserError of any rank is raised on every one.
+
+    Otherwise the others would wait for a rank that has ended.
+    """
+    answer, failure = None, None
+    try:
+        answer = work()
+    except UserError as error:
+        failure = error
+    failure = next(filter(None, collect(failure)), None)
+    if failure is not None:
+        raise failure
+    return answer
+
+
 def collect(value: Any) -> list[Any]:
     """Every rank's picklable value, in rank order, on every rank."""
     if not dist.is_initialized():

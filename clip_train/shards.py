@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 INDEX_VERSION = 3
+VERSIONS = (2, 3)  # that are read; 2 had no crc32
 # a sample's numbers in the index: where its files lie in the tar (-1: it has none), and what its picture is
 PICTURE, TXT, JSON, CLS, EXT, CRC32 = 0, 2, 4, 6, 8, 9  # offset and size, four times; which of PICTURES; its crc32
 NUMBERS = 10
@@ -298,9 +299,9 @@ def _index_of(path: Path) -> dict[str, Any]:
     for place in places:
         try:
             index = json.loads(place.read_bytes())
-            if (index["version"], index["size"], index["mtime_ns"]) == (INDEX_VERSION, stat.st_size, stat.st_mtime_ns):
-                if index.pop("crc32") == _crc32(index):
-                    return index
+            if (index["size"], index["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+                _refuse_malformed(index)
+                return index
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # not there, or damaged: made anew below
     try:
@@ -317,8 +318,24 @@ def _index_of(path: Path) -> dict[str, Any]:
     return index
 
 
+def _refuse_malformed(index: dict[str, Any]) -> None:
+    """ValueError (or what comes of a value of another type) if an index is not what _build_index makes."""
+    if index["version"] not in VERSIONS:
+        raise ValueError("of another version")
+    if ("crc32" in index or index["version"] > 2) and index["crc32"] != _crc32(index):
+        raise ValueError("its contents have changed since they were written")
+    rows = len(_numbers(index))
+    mute = [row for row, reason in index["mute"] if isinstance(reason, str)]
+    texts = isinstance(index["keys"], list) and isinstance(index["blind"], list)
+    texts = texts and all(isinstance(text, str) for text in (index["sha256"], *index["keys"], *index["blind"]))
+    if not texts or len(mute) < len(index["mute"]) or not all(type(row) is int and 0 <= row < rows for row in mute):
+        raise ValueError("its samples are none")
+    if not all(type(count) is int for count in index["suffixes"].values()):
+        raise ValueError("its suffixes are none")
+
+
 def _crc32(index: dict[str, Any]) -> int:
-    """Of all that an index says: one that was changed by anybody but us is made anew, not believed."""
+    """Of all that an index says, so that damage is noticed. It is no signature: who changes the file can write one."""
     small = [index[name] for name in ("version", "size", "mtime_ns", "sha256", "suffixes", "blind", "mute")]
     crc = zlib.crc32(json.dumps(small, sort_keys=True).encode())
     crc = zlib.crc32("\0".join(index["keys"]).encode("utf-8", "surrogatepass"), crc)

@@ -99,10 +99,10 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _name(file: Path, folder: Path) -> str:
-    return _utf8(file.relative_to(folder).as_posix())
+    return _shown(file.relative_to(folder).as_posix())
 
 
-def _utf8(name: str) -> str:
+def _shown(name: str) -> str:
     """A name of any bytes as text that can be written; Python keeps bytes that are not UTF-8 as lone surrogates."""
     return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if not name.isascii() else name
 
@@ -241,7 +241,7 @@ def _in_tar(tar: Path) -> tuple[TarMembers, dict[str, str]]:
 def _tar_rows(tar: Path, name: str, columns: Columns) -> Iterator[Row]:
     members, failed = _in_tar(tar)
     for key, parts in members.samples.items():
-        source = f"{name}/{_utf8(key)}"
+        source = f"{name}/{_shown(key)}"
         suffix = next((s for s in parts if f".{s}" in SUFFIXES), None)
         if suffix is None:
             yield Row(source=source, problem="no picture: " + ", ".join(f".{s}" for s in parts))
@@ -253,7 +253,7 @@ def _tar_rows(tar: Path, name: str, columns: Columns) -> Iterator[Row]:
             continue
         yield _described(source, InTar(tar, parts[suffix]), text, meta, columns)
     for member in members.twice:
-        yield Row(source=f"{name}/{_utf8(member)}", problem="twice in its tar")
+        yield Row(source=f"{name}/{_shown(member)}", problem="twice in its tar")
     if members.damage:
         yield Row(source=name, problem=f"damaged tar: {members.damage}")
     for key, why in failed.items():

@@ -30,7 +30,7 @@ from clip_train.settings import UserError
 NORM_TOLERANCE = 5e-3  # a unit row rounded to float16 is off by less than 1e-3
 KEPT_BYTES = 512_000_000  # of metadata that stays in memory; beyond it a row costs the reading of its part
 # what numpy raises of damaged .npy files, those that declare more rows than any memory holds among them
-UNREADABLE = (OSError, ValueError, EOFError, ArithmeticError, MemoryError, SyntaxError)
+BROKEN_ARRAY = (OSError, ValueError, EOFError, ArithmeticError, MemoryError, SyntaxError)
 SAMPLED_ROWS = 4096  # rows whose values open() looks at
 NESTED = 8  # lists within lists in a column; deeper ones become json text
 _AGAIN = "make it again: unclip embed"
@@ -108,7 +108,7 @@ class EmbeddingStore:
             if emb[-1].dtype.kind == "f":  # else refused below
                 emb[-1] = np.asarray(emb[-1], dtype=np.float32)
             row.append(_map(self.folder / "captions_emb" / f"captions_row_{name}.npy"))
-            if row[-1].ndim != 1 or row[-1].dtype.kind not in "iu" or (np.diff(row[-1]) < 0).any():
+            if row[-1].ndim != 1 or row[-1].dtype.kind not in "iu" or (row[-1][1:] < row[-1][:-1]).any():
                 row[-1] = np.empty(0, dtype=np.int64)  # refused below
             wide = (len(row[-1]), self.dim)
             if emb[-1].dtype != np.float32 or emb[-1].shape != wide or set(np.unique(row[-1])) != set(range(count)):
@@ -121,9 +121,13 @@ class EmbeddingStore:
             row[-1] = row[-1] + start
         return np.concatenate(emb), np.concatenate(row)
 
+    def first_captions(self) -> list[str]:
+        """The first caption of every row; "" where another writer noted none."""
+        return [text or "" for text in self.table.column("caption")]
+
     def caption_texts(self) -> list[str]:
-        """The text of every row of captions()."""
-        return [text for texts in self.table.column("captions") for text in texts]
+        """The text of every row of captions(); fewer where another writer noted none."""
+        return [text or "" for texts in self.table.column("captions") for text in texts or ()]
 
     def where(self, row: int) -> str:
         """A row's place on disk, for error messages."""
@@ -225,9 +229,14 @@ class MetadataTable:
 
 
 def checked_table(file: Any, columns: Sequence[str] | None) -> Any:
-    """The table in a file, or those of the columns that it has; ValueError for texts that are not UTF-8,
-    and for rows without a key."""
+    """The table in a file, or those of the columns that it has; pandas' categories come out as what they stand for.
+    ValueError for texts that are not UTF-8, and for rows without a key."""
+    import pyarrow as pa
+
     table = file.read(columns=None if columns is None else [c for c in columns if c in file.schema_arrow.names])
+    for n, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(n, field.name, table.column(n).cast(field.type.value_type))
     table.validate(full=True)
     if "image_path" in table.column_names and table.column("image_path").null_count:
         raise ValueError("a row has no image_path, its key")
@@ -240,11 +249,14 @@ def _refuse_columns(schema: Any, path: Path) -> None:
 
     if len(set(schema.names)) < len(schema.names):
         raise ValueError(f"{path.name} has a column twice")
-    texts = {pa.string(), pa.large_string()}
-    for name in ("image_path", "caption"):
-        if name in schema.names and schema.field(name).type not in texts:
-            raise ValueError(f"the column {name} of {path.name} does not hold texts")
-    if "captions" in schema.names and not pa.types.is_nested(schema.field("captions").type):
+    kinds = {field.name: field.type for field in schema}
+    kinds = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in kinds.items()}
+    texts = (pa.string(), pa.large_string())
+    if kinds.get("image_path", texts[0]) not in texts:
+        raise ValueError(f"the column image_path of {path.name} does not hold texts")
+    if kinds.get("caption", pa.null()) not in (*texts, pa.null()):
+        raise ValueError(f"the column caption of {path.name} does not hold texts")
+    if not pa.types.is_nested(kind := kinds.get("captions", pa.null())) and kind != pa.null():
         raise ValueError(f"the column captions of {path.name} does not hold lists")
     if "image_path" not in schema.names:
         raise ValueError(f"{path.name} has no column image_path")
@@ -362,7 +374,7 @@ def _map(path: Path) -> np.ndarray:
         return _load(path, mmap_mode="r")
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {_AGAIN}") from error
-    except UNREADABLE as error:
+    except BROKEN_ARRAY as error:
         raise UserError(f"{path} is damaged: {_line(error)}; {_AGAIN}") from error
 
 
@@ -387,7 +399,7 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     flat = [_flat(row) for row in rows]
     names = dict.fromkeys(name for row in flat for name in row)
     file = io.BytesIO()
-    table = pa.table({_utf8(name): _column([row.get(name) for row in flat]) for name in names})
+    table = pa.table({_written(name): _column([row.get(name) for row in flat]) for name in names})
     pq.write_table(table, file, write_page_checksum=True)
     return file.getvalue()
 
@@ -411,10 +423,10 @@ def _column(values: list[Any]) -> Any:
     except (pa.ArrowException, OverflowError, UnicodeError):
         pass
     texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
-    return pa.array([v if v is None else _utf8(v) for v in texts])
+    return pa.array([v if v is None else _written(v) for v in texts])
 
 
-def _utf8(text: str) -> str:
+def _written(text: str) -> str:
     r"""A text that came out of bytes that are no UTF-8, or out of half a pair of surrogates, with these as \udcff: so
     two keys that differ still do."""
     return text.encode(errors="backslashreplace").decode()
@@ -424,7 +436,7 @@ def read_vectors(path: Path | str) -> np.ndarray:
     """The rows of a .npy file, (Q, D) float32; one vector (D,) is one row. UserError if it holds anything else."""
     try:
         rows = _load(path)
-    except UNREADABLE as error:
+    except BROKEN_ARRAY as error:
         raise UserError(f"{path} cannot be read as a .npy file of vectors ({_line(error)})") from error
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or rows.dtype.kind not in "fiu" or not rows.size:

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import queue
-import re
 import subprocess
 import tarfile
 import threading
@@ -33,23 +32,23 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from clip_train.address import ADDRESS, split_parts, without_secrets
 from clip_train.captions import check_mix, group_id, pick_caption, text_id, uniform_of
-from clip_train.folder import fingerprint_json, without_secrets
+from clip_train.folder import fingerprint_json
 from clip_train.model import Clip
 from clip_train.pictures import PictureError, pixels_of
 from clip_train.sample import PICTURES, Sample, captions_of, json_object, why_no_caption
 from clip_train.settings import UserError
 from clip_train.shards import expand_braces, list_shards
-from clip_train.tars import UNREADABLE, split_name
+from clip_train.tars import BROKEN_TAR, split_name
 
-_URL = re.compile(r"pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://")
 STAND_INS = 8  # samples after a batch that may stand in for bad ones of it
 NAMED_BAD = 100  # bad samples that are kept by name; all are counted
 
 
 def is_remote(spec: str | Path) -> bool:
     """Whether any of the shards that `spec` names is a URL or a command, so that it can only be streamed."""
-    return any(_URL.match(part) for part in _split(str(spec)))
+    return any(ADDRESS.match(part) for part in split_parts(str(spec)))
 
 
 def list_urls(spec: str, allow_http: bool = False) -> list[str]:
@@ -57,10 +56,10 @@ def list_urls(spec: str, allow_http: bool = False) -> list[str]:
     several of these joined by '::'. UserError if a part names nothing or may not be opened.
     """
     urls = []
-    for part in _split(str(spec)):
+    for part in split_parts(str(spec)):
         if part.startswith("pipe:"):
             urls += expand_braces(part, choices=False)  # braces with commas are the shell's own
-        elif not _URL.match(part):
+        elif not ADDRESS.match(part):
             urls += [str(path) for path in list_shards(part)]
         elif part.startswith(("http://", "https://")):
             if not allow_http:
@@ -76,13 +75,9 @@ def list_urls(spec: str, allow_http: bool = False) -> list[str]:
     return urls
 
 
-def _split(spec: str) -> list[str]:
-    return re.split(rf"::(?={_URL.pattern}|[./~\w])", spec) if _URL.search(spec) else [spec]
-
-
 def count_urls(spec: str) -> int | None:
     """How many shards `spec` names; None if only their server could tell, which is not asked."""
-    parts = [part for part in _split(str(spec)) if _URL.match(part) and not part.startswith(("pipe:", "http"))]
+    parts = [part for part in split_parts(str(spec)) if ADDRESS.match(part) and not part.startswith(("pipe:", "http"))]
     if any(_is_glob(url) for part in parts for url in expand_braces(part)):
         return None
     return len(list_urls(spec, allow_http=True))
@@ -153,7 +148,7 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
     elif url.startswith(("http://", "https://")):
         with urllib.request.urlopen(url, timeout=60) as reply:
             yield reply
-    elif not _URL.match(url):
+    elif not ADDRESS.match(url):
         with open(url, "rb") as file:
             yield file
     else:
@@ -187,7 +182,7 @@ def read_shard(url: str) -> Iterator[Sample | tuple[str, str]]:
     with _opened(url) as stream:
         try:
             tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member)
-        except UNREADABLE as error:
+        except BROKEN_TAR as error:
             raise BrokenShard("it is no tar, or an empty file") from error
         key, parts = "", {}
         try:
@@ -202,7 +197,7 @@ def read_shard(url: str) -> Iterator[Sample | tuple[str, str]]:
                 key = own
                 wanted = suffix in ("txt", "json", "cls", *PICTURES)
                 parts[suffix] = tar.extractfile(member).read() if wanted else b""
-        except UNREADABLE as error:
+        except BROKEN_TAR as error:
             raise BrokenShard(f"cut short or damaged ({error})") from error
         if not getattr(tar, "whole", False):
             raise BrokenShard("cut short or damaged")
@@ -235,7 +230,7 @@ def _steadily(url: str, retries: int) -> Iterator[Sample | tuple[str, str]]:
         except (OSError, http.client.HTTPException, BrokenShard, EOFError) as error:
             failures += 1
             hopeless = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | _NoCommand)
-            if failures > retries or hopeless or not _URL.match(url):
+            if failures > retries or hopeless or not ADDRESS.match(url):
                 raise BrokenShard(" ".join(str(error).split()) or type(error).__name__) from error
             time.sleep(min(2.0 ** (failures - 1), 60))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # what tarfile raises of damage; of a PAX record that it cannot parse, whatever parsing raises
-UNREADABLE = (tarfile.TarError, ValueError, ArithmeticError, LookupError)
+BROKEN_TAR = (tarfile.TarError, ValueError, ArithmeticError, LookupError)
 Span = tuple[int, int]  # offset and size in bytes of a member's contents in its tar
 
 
@@ -62,7 +62,7 @@ def _collect(file, found: TarMembers) -> str:
                 else:
                     parts[suffix] = (member.offset_data, member.size)
             end = tar.offset
-    except UNREADABLE:
+    except BROKEN_TAR:
         end = size
     # at a broken or missing header tarfile stops in silence: a whole tar ends in a block of zeros
     file.seek(end)

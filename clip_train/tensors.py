@@ -1,8 +1,10 @@
 """Named tensors and a few numbers in one safetensors file, written atomically, with the hash by which it is checked."""
 
+import errno
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from clip_train.settings import UserError
 
+PIECE = 1 << 24  # bytes that one thread hashes at a time
+
 
 class Damaged(UserError):
     """A file that is not what was written."""
@@ -20,10 +24,11 @@ class Damaged(UserError):
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str, Any] | None = None) -> None:
     """Write `tensors` and json-able `numbers` to `path`: the file is either the old one or the new one, whole.
 
-    It holds the sha256 of both, by which load_tensors notices a bit that has changed since."""
+    It holds a digest of both, by which load_tensors notices a bit that has changed since."""
     temporary = path.with_name(f".{path.name}.tmp")
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    noted = {"json": json.dumps((numbers or {}) | {"sha256": _sha256(plain, numbers or {})})}
+    numbers = json.loads(json.dumps(numbers or {}))  # as they will be read: names are texts
+    noted = {"json": json.dumps(numbers | {"digest": _digest(plain, numbers)})}
     try:
         # clones: safetensors refuses tensors that share memory (tied weights), and loading makes them equal again
         shared = len({t.data_ptr() for t in plain.values() if t.numel()}) < sum(t.numel() > 0 for t in plain.values())
@@ -40,28 +45,55 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What save_tensors wrote. UserError if the file is missing; Damaged if it is cut short, not a safetensors file, or
-    was changed since."""
+    """What save_tensors wrote. UserError if the file is missing or cannot be read; Damaged if it is cut short, not a
+    safetensors file, or was changed since."""
+    refuse_unreadable(path)
     try:
         with safe_open(path, "pt") as file:
             numbers = json.loads((file.metadata() or {}).get("json", "null")) or {}
         tensors = load_file(path)
-        sha256 = numbers.pop("sha256", None)  # others write safetensors files, too
-        if sha256 and sha256 != _sha256(tensors, numbers):
+        digest = numbers.pop("digest", None)  # others write safetensors files, too
+        if digest and digest != _digest(tensors, numbers):
             raise ValueError("its contents have changed since they were written")
         return {name: t.to(device) for name, t in tensors.items()}, numbers
+    except (OSError, SafetensorError, AttributeError, ValueError, RecursionError) as error:
+        raise refusal(path, error, "safetensors file") from error
+
+
+def refuse_unreadable(path: Path) -> None:
+    """UserError if a file cannot be opened: safetensors calls all that "no such file"."""
+    try:
+        open(path, "rb").close()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, SafetensorError, AttributeError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path} is damaged or not a safetensors file ({error})") from error
+    except OSError as error:
+        raise refusal(path, error) from error
 
 
-def _sha256(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> str:
-    """Of names, types, shapes and bytes of the tensors, whatever their order, and of the numbers."""
-    total = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
-    for name, t in sorted(tensors.items()):
-        total.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\n".encode("utf-8", "surrogatepass"))
-        total.update(t.reshape(-1).view(torch.uint8).numpy())
+def refusal(path: Path, error: BaseException, what: str = "checkpoint") -> UserError:
+    """Damaged, unless it is the system that could not read the file: then nobody knows, and it must stay."""
+    if isinstance(error, OSError) and error.errno != errno.ENOENT:
+        return UserError(f"cannot read {path}: {error.strerror or error}")
+    return Damaged(f"{path} is damaged or not a {what} ({first_line(error)})")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it goes into a line."""
+    return str(error).partition("\n")[0]
+
+
+def _digest(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> str:
+    """sha256 of the numbers, and of names, types, shapes and bytes of the tensors, whatever their order.
+
+    Of the bytes, the sha256 of each piece counts, so that threads share the work (hashlib lets them run at once).
+    """
+    named = sorted(tensors.items())
+    about = [numbers, *((name, str(t.dtype), tuple(t.shape)) for name, t in named)]
+    pieces = [piece.numpy() for _, t in named for piece in t.reshape(-1).view(torch.uint8).split(PIECE)]
+    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    with ThreadPoolExecutor() as pool:
+        for digest in pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces):
+            total.update(digest)
     return total.hexdigest()
 
 

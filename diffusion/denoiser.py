@@ -13,6 +13,7 @@ from diffusion.schedule import DENSITIES
 Cond = dict[str, Tensor]
 KINDS = ("edm", "v", "x0", "eps", "flow")
 WEIGHTINGS = ("even", "min_snr", "soft_min_snr")
+MOST = {"depth": 1000, "blocks": 1000, "vocabulary": 10_000_000}  # of a config's numbers; of all others 100,000
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def refuse_absurd(what: str, config: Any) -> None:
         for n in value if isinstance(value, tuple) else (value,):
             if isinstance(n, float) and not math.isfinite(n):
                 raise UserError(f"{what}: {field.name} {n} must be a finite number")
-            most = 1000 if field.name in ("depth", "blocks") else 100_000
+            most = MOST.get(field.name, 100_000)
             if isinstance(n, int) and not 0 <= n <= most:
                 raise UserError(f"{what}: {field.name} {n} must be at least 0 and at most {most}")
     if not getattr(config, "sigma_data", 1) > 0:

@@ -95,7 +95,7 @@ def evaluate_loop_folders(
     for folder, one in zip((embeddings, *among), (store, *more), strict=True):
         refuse_other_clip(one, folder, made_by, decoder)
     picked = np.random.default_rng(seed).choice(len(store), min(count, len(store)), replace=False)
-    captions = store.metadata["caption"].iloc[picked].tolist()
+    captions = np.array(store.first_captions(), dtype=object)[picked].tolist()
     names = [name for one in (store, *more) for name in label_names(one)]
     numbers, made = evaluate_loop(
         generator,

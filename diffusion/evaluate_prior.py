@@ -161,7 +161,7 @@ def evaluate_prior_folder(
         raise UserError("no prior to evaluate; pass --prior prior (made by unclip train prior)")
     store = EmbeddingStore.open(embeddings)
     text, image = (torch.from_numpy(rows).to(device) for rows in (store.text(), store.image()))
-    captions, groups, seeds = store.table.column("caption"), labels_of(store), range(len(store))
+    captions, groups, seeds = store.first_captions(), labels_of(store), range(len(store))
     made: dict[str, Tensor] = {}
     for number, folder in enumerate(folders):
         if str(folder) in BASELINES:

@@ -47,7 +47,7 @@ class Gallery:
         self.form = own if self.one else form or "png"
         self.there: dict[str, Path] = {}
         self.next = 0
-        self._generator, self._lock = generator, None
+        self._generator, self._held, self._lock = generator, False, None
         if not self.one and self.out.is_dir():
             if generator is not None:
                 self._hold()
@@ -70,7 +70,7 @@ class Gallery:
         if self.one:
             path = self.out
         else:
-            if self._lock is None:
+            if not self._held:
                 self.out.mkdir(parents=True, exist_ok=True)
                 self._hold()
                 self._look()  # what another process put there since
@@ -88,6 +88,7 @@ class Gallery:
 
     def _hold(self) -> None:
         """Keep other processes from numbering pictures here, until close()."""
+        self._held = True
         if fcntl is None:
             return
         self._lock = os.open(self.out, os.O_RDONLY)
@@ -101,6 +102,7 @@ class Gallery:
 
     def close(self) -> None:
         """Let other processes draw here."""
+        self._held = False
         if getattr(self, "_lock", None) is not None:
             os.close(self._lock)
             self._lock = None

@@ -36,7 +36,7 @@ class HeldOut:
         return cls(
             name=Path(embeddings).name,
             rows=store.image(),
-            captions=[str(caption) for caption in store.table.column("caption")],
+            captions=store.first_captions(),
             labels=label_names(store),
             keys=store.keys,
             shards=shards or store.manifest.input_path("shards"),
@@ -123,7 +123,7 @@ class HeldOut:
 
 def label_names(store: EmbeddingStore) -> list[str]:
     """One per row, in lower case: its label, or its caption where it has none."""
-    labels, captions = store.table.column("label"), store.table.column("caption")
+    labels, captions = store.table.column("label"), store.first_captions()
     return [str(caption if label is None else label).lower() for label, caption in zip(labels, captions, strict=True)]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from clip_train import ranks
 from clip_train.captions import pick_caption, uniform_of
 from clip_train.fit import Batch, FitConfig
+from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore
 from diffusion.words import NO_WORD, bpe_ids
 
@@ -30,8 +31,13 @@ class Pairs:
     def of(cls, store: EmbeddingStore, mix: Sequence[float] = (), words: int = 0) -> "Pairs":
         """All pairs of an embeddings folder. words: how many byte-pair ids of each caption are wanted; 0: none."""
         text, row = store.captions()
-        ids = bpe_ids(store.caption_texts(), words) if words else None
-        return cls(text, store.image(), row, mix, ids)
+        said = store.caption_texts() if words else []
+        if words and len(said) != len(text):
+            raise UserError(
+                f"{store.folder}/metadata/ has {len(said)} captions for the {len(text)} rows of captions_emb/, and a "
+                f"prior that reads words needs them all; make it again: unclip embed, or set words=0"
+            )
+        return cls(text, store.image(), row, mix, bpe_ids(said, words) if words else None)
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
         """(text (n, D), image (n, D)), each pair once."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from clip_train import ranks
+from clip_train.arrays import new_array
 from clip_train.captions import CaptionTable, caption_table, uniform_of
 from clip_train.feed import decoded
 from clip_train.fit import Batch, FitConfig
 from clip_train.model import Clip
-from clip_train.pictures import Batches, Pictures, new_array
+from clip_train.pictures import Batches, Pictures
 from clip_train.settings import Progress, UserError
 from clip_train.shards import ShardSet
 

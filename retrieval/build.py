@@ -6,10 +6,12 @@ Kinds with lists share the first two. A part is a range of rows added to a copy 
 made by other processes, or by Ray on other machines that see the same folders, and do not depend on who made them.
 """
 
+import contextlib
 import io
 import itertools
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -152,15 +154,34 @@ def spread(work: Callable[[Part], Part], parts: Sequence[Part], workers: int, en
     threads = max(1, faiss.omp_get_max_threads() // workers)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_become_worker, initargs=(threads,))
     try:
-        for future in as_completed([pool.submit(work, part) for part in parts]):
+        with _deaf_to_ctrl_c():
+            futures = [pool.submit(work, part) for part in parts]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was ended from outside (out of memory?); run the command again to go on, "
             "or with fewer --workers"
         ) from error
+    except BaseException:  # Ctrl-C, SIGTERM, or what one of them raised: the parts that the others are at come again
+        for process in list(pool._processes.values()):  # Python 3.14 has terminate_workers()
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started in here do not hear Ctrl-C, which in a terminal reaches all: who started them answers it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _by_ray(work: Callable[[Part], Part], parts: Sequence[Part]) -> Iterator[Part]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, print_table, say, write_figures
+from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, print_table, put, say, write_figures
 
 
 @click.group(invoke_without_command=True, context_settings=CONTEXT)
@@ -203,11 +203,11 @@ def search(
         if show:
             click.launch(str(shown))
     if as_json or as_csv:
-        click.echo(answers.to_csv(asked, hits) if as_csv else answers.to_json(asked, hits), nl=as_json)
+        put(answers.to_csv(asked, hits) if as_csv else answers.to_json(asked, hits), nl=as_json)
         return
     for (name, _), (head, cells) in zip(asked, answers.tables(hits), strict=True):
         if len(asked) > 1:
-            click.echo(click.style(name, bold=True))
+            put(name, bold=True)
         print_table(head, cells)
 
 
@@ -273,7 +273,7 @@ def classify(classes, index, embeddings, classnames, templates, out, device, **o
 @click.option("--decoder", type=click.Path(path_type=Path), help="Decoder folder, to draw pictures of embeddings.")
 @click.option("--prior", type=click.Path(path_type=Path), help="Prior folder, to draw pictures of prompts.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
-@click.option("--port", default=8000, show_default=True, type=Whole(0, 65535), help="0: any that is free.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="File with the token that requests must bring.")
 @click.option("--origin", "origins", multiple=True, help="Web pages of this origin may ask, too; '*': all.")
 @click.option("--allow-image-urls", is_flag=True, help="Let /knn-service fetch pictures from public addresses.")

@@ -195,6 +195,8 @@ def load_index(folder: Path | str, modality: str = "image") -> faiss.Index:
         index = faiss.read_index(str(path), mapped | faiss.IO_FLAG_READ_ONLY)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged; make it again: unclip index") from error
+    if index is not None and index.metric_type == faiss.METRIC_L2:
+        raise UserError(f"{path} ranks by L2 distance, and unclip's indexes by inner product; make one: unclip index")
     if index is None or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise UserError(f"{path} is damaged; make it again: unclip index")
     return index

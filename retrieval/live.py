@@ -65,7 +65,7 @@ class State:
         if not isinstance(self.segments, list) or not all(isinstance(one, dict) for one in [*self.segments, *deleted]):
             raise ValueError("its segments or its deleted rows are no objects")
         names = [*(segment.get("name") for segment in self.segments), *(one.get("file") for one in deleted)]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        if not all(isinstance(name, str) and Path(name).name == name and name.strip(".") for name in names):
             raise ValueError("a segment or the deleted rows have no name of a file")
 
 
@@ -128,7 +128,7 @@ class LiveIndex:
             try:
                 deleted = np.load(path, allow_pickle=False)
                 rows = sum(part.rows for part in parts)
-                if deleted.dtype.kind not in "iu" or deleted.ndim != 1 or not all((0 <= deleted) & (deleted < rows)):
+                if deleted.dtype.kind not in "iu" or deleted.ndim != 1 or not ((0 <= deleted) & (deleted < rows)).all():
                     raise ValueError("not numbers of rows")
                 sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
                 if said.deleted.get("fingerprint", sha256).removeprefix("sha256:") != sha256:

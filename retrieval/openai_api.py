@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MOST_INPUTS = 2048  # of one embeddings request, as OpenAI has it
 GENERATOR = "unclip"  # its name among the models
 MAX_SEED = 2**31 - 1
+SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"  # WIDTHxHEIGHT
 
 
 def router(hall: "Hall") -> APIRouter:
@@ -158,7 +159,7 @@ async def _drawn(asked: Asked, studio: Studio, hall: "Hall", request: Request, d
     seed = asked.number("seed", secrets.randbelow(MAX_SEED), 0, MAX_SEED)
     wanted = asked.choice("response_format", "", "b64_json", "url")
     asked_size = asked.get("size", str, "auto")
-    if asked_size != "auto" and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", asked_size):
+    if asked_size != "auto" and not re.fullmatch(SIZE, asked_size):
         raise Refused(400, f"size {asked_size[:40]!r} must be auto or WIDTHxHEIGHT")
     pictures = await unless_gone(request.receive, studio.draw(lambda: files(draw(count, seed)), count))
     data = []

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from retrieval.search import Hit
 
 MOST_TERMS = 16
+MOST_WEIGHT = 100.0  # of a term, on either side of 0
+MOST_WHERE = 2000  # characters
+MOST_SIDE = 2048  # pixels of a small JPEG
 MOST_STEPS = 100
+MOST_GUIDANCE = 20.0
 OWN = (KEY, "caption", "captions")  # columns that have a place of their own in the answers
 
 
@@ -55,8 +59,8 @@ def router(hall: "Hall") -> APIRouter:
         served = hall.index(asked.get("index", str))
         modality = asked.choice("modality", *MODALITIES)
         k = asked.number("k", 40, 1, MOST_SHOWN)
-        where = asked.text("where", 2000)
-        distinct = asked.number("distinct", 0.0, -1.0, 1.0) or None
+        where = asked.text("where", MOST_WHERE)
+        distinct = asked.number("distinct", 0.0, 0.0, 1.0) or None
         terms = await hall.in_thread(lambda: _terms(asked))
         query = await _query(terms, served, hall, modality)
         # the curve from cosines to probabilities is about one caption and one picture
@@ -83,7 +87,7 @@ def router(hall: "Hall") -> APIRouter:
     async def picture(index: str, row: str, request: Request) -> Response:
         served = hall.index(index)
         number, asked = _row(row), Asked(dict(request.query_params))
-        side, key = asked.number("side", 0, 0, 2048), asked.text("key")
+        side, key = asked.number("side", 0, 0, MOST_SIDE), asked.text("key")
         state = hashlib.sha256(f"{served.searcher.index.state}\0{number}\0{side}\0{key}".encode()).hexdigest()[:24]
         headers = {"ETag": f'"{state}"', "Cache-Control": "private, no-cache"}
         if state in request.headers.get("if-none-match", ""):
@@ -163,7 +167,7 @@ def _terms(asked: Asked) -> list[Term]:
         if value is None:
             raise Refused(400, f"a term of kind {kind} has no value")
         value = picture_bytes(value, "value") if kind == "image" else value
-        terms.append(Term(kind, value, term.number("weight", 1.0, -100.0, 100.0)))
+        terms.append(Term(kind, value, term.number("weight", 1.0, -MOST_WEIGHT, MOST_WEIGHT)))
     return terms
 
 
@@ -242,7 +246,8 @@ async def _generated(asked: Asked, studio: Studio, hall: "Hall") -> dict[str, An
     count = asked.number("count", min(4, most), 2 if mode == "interpolate" else 1, most)
     seed = asked.number("seed", 0, 0, MAX_SEED)
     how = studio.sampling(
-        asked.number("steps", studio.how.steps, 1, MOST_STEPS), asked.number("guidance", studio.how.guidance, 0.0, 20.0)
+        asked.number("steps", studio.how.steps, 1, MOST_STEPS),
+        asked.number("guidance", studio.how.guidance, 0.0, MOST_GUIDANCE),
     )
     with_strip = asked.get("strip", bool, False)
     prompt, text = asked.text("prompt"), asked.text("text")

@@ -12,7 +12,7 @@ from typing import Any
 
 from clip_train.settings import UserError
 
-WHOLE = 1_000_000_000  # bytes of a file that is read through to be opened: about a second
+WHOLE = 500_000_000  # bytes of a file that is read through to be opened: 0.3 s, 1 s without the processor's help
 END = 64_000_000  # bytes at either end of a larger one, which is memory-mapped so that it need not be read through
 
 
@@ -25,8 +25,8 @@ def seal(path: Path) -> dict[str, Any]:
 
 
 def refuse_changed(path: Path, noted: Any) -> None:
-    """UserError if a file is not the one that was noted; of one larger than WHOLE, its length and both ends are looked
-    at, so what changed between them is not noticed.
+    """UserError if a file is not the one that was noted; of one that was larger than WHOLE then, its length and both
+    ends are looked at, so what changed between them is not noticed.
 
     Nothing is compared where nothing was noted, as by earlier versions.
     """
@@ -37,7 +37,7 @@ def refuse_changed(path: Path, noted: Any) -> None:
     size = path.stat().st_size
     same = size == noted["bytes"]
     if same:
-        same = _ends(path, size) == noted.get("ends") if size > WHOLE else _whole(path) == noted["sha256"]
+        same = _ends(path, size) == noted["ends"] if "ends" in noted else _whole(path) == noted["sha256"]
     if not same:
         raise UserError(f"{path} is not what was written (damaged?); make it again: unclip index")
 

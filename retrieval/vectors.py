@@ -11,7 +11,7 @@ import numpy as np
 
 from clip_train.folder import Manifest, read_manifest
 from clip_train.settings import UserError
-from clip_train.store import UNREADABLE, EmbeddingStore
+from clip_train.store import BROKEN_ARRAY, EmbeddingStore
 from retrieval import seal
 
 ROWS = "rows.npy"  # of a compacted folder: the row of its sources, counted through them, that each of its rows was
@@ -76,7 +76,7 @@ def _numbers_in(path: Path, count: int, below: int) -> np.ndarray:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         if rows.shape == (count,) and rows.dtype.kind in "iu" and 0 <= rows.min() and rows.max() < below:
             return rows
-    except (*UNREADABLE, AttributeError):
+    except (*BROKEN_ARRAY, AttributeError):
         pass
     raise UserError(f"{path} is damaged; make the index again: unclip index")
 

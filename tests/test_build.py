@@ -1,7 +1,11 @@
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import crew
@@ -282,3 +286,59 @@ def test_an_index_killed_at_random_moments_is_finished_by_running_it_again(tmp_p
             same = build(store, modality, kind_of(path), tmp_path / modality)
             for mine, true in zip(answers(path), answers(same), strict=True):
                 np.testing.assert_array_equal(mine, true)
+
+
+STRUCK = """
+import os, signal, sys, time
+
+
+def slow(what):
+    os.kill(os.getpid(), signal.SIGINT)  # as a terminal may at any time
+    with open(f"at-{os.getpid()}.tmp", "w"):
+        os.rename(f"at-{os.getpid()}.tmp", f"at-{os.getpid()}")
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    import cli
+    from retrieval import build
+
+    build.make_part = slow
+    emb, os.environ["MOMENT"] = sys.argv[1:]
+    sys.argv = ["unclip", "index", "--embeddings", emb, "--out", "index", "--kind", "flat", "--workers", "2"]
+    cli.main()
+elif os.environ["MOMENT"] == "starting":
+    slow(None)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("moment", ["starting", "working"])
+@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+def test_a_signal_ends_a_build_by_processes_at_once_and_none_is_left(embeddings, tmp_path, number, to_all, moment):
+    """to_all: as a terminal sends it, to the workers too."""
+    (tmp_path / "struck.py").write_text(STRUCK)
+    process = subprocess.Popen(
+        [sys.executable, "struck.py", str(embeddings), moment],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[1])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(workers := [int(path.name[3:]) for path in tmp_path.glob("at-*[0-9]")]) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, number) if to_all else process.send_signal(number)
+        said = process.communicate(timeout=20)[1]
+        assert process.returncode == 128 + number
+        assert "unclip: stopped" in said and "Traceback" not in said
+        for worker in workers:
+            with pytest.raises(ProcessLookupError):
+                os.kill(worker, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -1,11 +1,14 @@
+import errno
 import json
 import os
+from unittest import mock
 
 import crew
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from clip_train import tensors
 from clip_train.settings import UserError
 
 
@@ -39,3 +42,29 @@ def test_a_folder_without_its_numbers_is_not_taken_for_a_checkpoint(tmp_path):
     (tmp_path / "checkpoint-000000003").mkdir()
     with pytest.raises(UserError, match="remove it to start again"):
         crew.train(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_stays(tmp_path, monkeypatch):
+    assert crew.train(tmp_path, stop=4, save_every=0) is None
+    there = sorted(path.name for path in tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(tensors, "load_file", mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+        with pytest.raises(UserError, match="cannot read .*checkpoint.safetensors: Input/output error$"):
+            crew.train(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    newest = tmp_path / "checkpoint-000000009" / "numbers.json"
+    newest.parent.mkdir()
+    newest.symlink_to(newest)  # nobody can read it: too many levels of symbolic links
+    with pytest.raises(UserError, match="cannot read .*checkpoint-000000009: Too many levels"):
+        crew.train(tmp_path)
+    assert newest.is_symlink()
+
+
+def test_what_only_begins_as_a_checkpoint_does_is_left_alone(tmp_path):
+    whole = crew.train(tmp_path / "whole")
+    assert crew.train(tmp_path / "run", stop=4, save_every=0) is None
+    mine = tmp_path / "run" / "checkpoint-mine" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert crew.difference(whole, crew.train(tmp_path / "run", save_every=0)) == 0
+    assert mine.read_text() == "mine"

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 
@@ -195,3 +196,25 @@ def test_several_shards_are_one_set_in_every_command_that_takes_some(monkeypatch
     for path, command in ALL.items():
         for option in (p for p in command.params if p.name == "shards" and isinstance(p, click.Option)):
             assert option.multiple, path
+
+
+def test_a_second_sigterm_ends_a_command_whatever_it_waits_for(tmp_path):
+    program = """
+import signal, sys, time, cli
+def wait():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        print("closing", flush=True)
+        time.sleep(600)
+cli.run = wait
+cli.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "closing\n"
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +133,75 @@ def test_a_run_killed_while_it_publishes_still_has_its_checkpoint(tmp_path, monk
     assert sorted(os.listdir(tmp_path / "clip")) == ["manifest.json", "weights"]
 
 
+def struck_while_it_sweeps(out, monkeypatch):
+    """A folder that was finished, but for the sweep."""
+    work = Workspace.open(out, "clip", {"width": 1}, INPUTS)
+    for name in ("weights", "checkpoint.safetensors", "checkpoint-000000003/part", "scratch/a/cache", "scratch/.half"):
+        (work.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (work.path / name).write_text(name)
+    with monkeypatch.context() as patch:
+        patch.setattr("clip_train.folder._sweep", lambda folder: None)
+        work.publish()
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_a_user_put_into_a_finished_folder_stays_when_the_sweep_is_made_up_for(tmp_path, monkeypatch):
+    struck_while_it_sweeps(tmp_path / "clip", monkeypatch)
+    mine = [".git/HEAD", ".notes", "checkpoint-mine/x", "checkpoint-notes.txt", "logs/.x", "scratch/mine"]
+    for name in mine:
+        (tmp_path / "clip" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "clip" / name).write_text("mine")
+    assert Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).done
+    assert files(tmp_path / "clip") == sorted([*mine, "manifest.json", "weights"])
+
+
+def test_the_sweep_is_made_up_for_as_long_as_something_stays(tmp_path, monkeypatch):
+    struck_while_it_sweeps(tmp_path / "clip", monkeypatch)
+    real = Path.unlink
+
+    def unlink(path, *rest):
+        if path.name == "cache":
+            raise PermissionError
+        real(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        assert Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).done
+    assert files(tmp_path / "clip") == ["manifest.json", "plan.json", "scratch/a/cache", "weights"]
+    assert Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).done
+    assert sorted(os.listdir(tmp_path / "clip")) == ["manifest.json", "weights"]
+
+
+def test_a_plan_that_names_other_files_as_left_over_removes_none_of_them(tmp_path, monkeypatch):
+    struck_while_it_sweeps(tmp_path / "clip", monkeypatch)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "x").write_text("mine")
+    (tmp_path / "clip" / "scratch" / "link").symlink_to(tmp_path / "else")
+    plan = tmp_path / "clip" / "plan.json"
+    for names in (["weights", "../else/x", str(tmp_path / "else" / "x"), "scratch/link/x"], [[]], 3, {"weights": 1}):
+        plan.write_text(json.dumps({"leftovers": names}))
+        assert Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).done
+    assert (tmp_path / "else" / "x").exists() and (tmp_path / "clip" / "weights").exists()
+
+
+def test_a_finished_folder_stays_finished_if_another_process_sweeps_it_first(tmp_path, monkeypatch):
+    real = os.rename
+
+    def rename(old, new):
+        real(old, new)
+        assert Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS).done
+
+    work = Workspace.open(tmp_path / "clip", "clip", {"width": 1}, INPUTS)
+    (work.path / "scratch").mkdir()
+    (work.path / "weights").write_text("abc")
+    monkeypatch.setattr("clip_train.folder.os.rename", rename)
+    work.publish()
+    assert sorted(os.listdir(tmp_path / "clip")) == ["manifest.json", "weights"]
+
+
 def test_a_refusal_names_the_one_setting_that_differs_and_not_how_the_run_is_watched(tmp_path):
     def config(**fit):
         return {"width": 1, "fit": {"lr": 0.1, "save_every": 60} | fit}
@@ -171,3 +241,11 @@ def test_addresses_and_names_are_noted_as_they_are_without_passwords(tmp_path):
     assert "secret" not in plan and "abc" not in plan
     noted = {name: one["path"] for name, one in json.loads(plan)["inputs"].items()}
     assert noted == {"shards": "s3://bucket/{0..3}.tar", "init": "ViT-B-32:openai"}
+    assert work.publish().input_path("shards") is None
+
+
+def test_a_command_that_a_manifest_names_is_never_taken_for_a_place(tmp_path):
+    for spec in ("pipe:cat {0..3}.tar", "shards::s3://b/{0..3}.tar"):
+        work = Workspace.open(tmp_path / str(len(spec)), "clip", {}, {"shards": Input("sha256:1", spec)})
+        made = work.publish()
+        assert made.inputs["shards"]["path"] == spec and made.input_path("shards") is None

@@ -5,6 +5,7 @@ import tiny_drawing
 from PIL import Image
 
 from clip_train.settings import UserError
+from diffusion import gallery
 from diffusion.asked import Asked, fill, steps_of
 from diffusion.gallery import Gallery, read_record, refuse_overwriting
 from diffusion.generate import Sampling
@@ -77,6 +78,14 @@ def test_of_two_that_draw_into_one_folder_the_second_says_so_and_overwrites_noth
         Gallery(tmp_path / "out", None, counted[0])
     del first, second
     assert Gallery(tmp_path / "out", None, counted[0]).find(made.provenance) == path
+
+
+def test_without_locks_the_folder_is_looked_through_once(counted, tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "fcntl", None)  # as on Windows
+    looked, real = [], Gallery._look
+    monkeypatch.setattr(Gallery, "_look", lambda self: looked.append(self) or real(self))
+    assert len(filled(tmp_path / "out", counted[0])) == 5 and len(looked) == 1
+    assert len(filled(tmp_path / "out", counted[0], range(5, 8))) == 3 and len(looked) == 2
 
 
 def test_what_other_people_put_into_the_folder_stays(counted, tmp_path):

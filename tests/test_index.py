@@ -334,6 +334,12 @@ def test_a_damaged_index_file_is_one_line(small, tmp_path):
         load_index(tmp_path / "index")
 
 
+def test_an_index_of_distances_is_said_to_be_one(tmp_path):
+    faiss.write_index(faiss.IndexFlatL2(8), str(tmp_path / "image.index"))
+    with pytest.raises(UserError, match="image.index ranks by L2 distance"):
+        load_index(tmp_path)
+
+
 def test_bytes_are_read_as_people_write_them():
     assert [parse_bytes(text) for text in (1000, "1000", "4G", "1.5 MB", "2kb")] == [
         1000,

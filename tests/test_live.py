@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import faiss
@@ -176,6 +177,10 @@ def test_a_damaged_state_is_one_line(copy):
     (copy / "index" / "state.json").write_text('{"segments": [], "deleted": {"file": "gone.npy", "rows": 1}}')
     with pytest.raises(UserError, match="gone.npy is missing or damaged"):
         LiveIndex.open(copy / "index")
+    for name in ("..", ".", "", "../emb", None):
+        (copy / "index" / "state.json").write_text(json.dumps({"segments": [{"name": name}]}))
+        with pytest.raises(UserError, match="state.json is damaged .*have no name of a file"):
+            LiveIndex.open(copy / "index")
     assert State.read(copy / "emb") == State()
 
 

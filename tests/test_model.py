@@ -1,4 +1,5 @@
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -57,6 +58,30 @@ def test_convolutional_towers_encode_as_in_open_clip(tmp_path):
     with torch.no_grad():
         theirs = model.encode_image((pixels - clip.mean) / clip.std, normalize=True)
     assert torch.allclose(Clip.load(tmp_path).encode_image(pixels), theirs, atol=1e-5)
+
+
+def test_a_resnet_of_open_clip_comes_back_from_its_folder(tmp_path):
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    clip = Clip({**TINY, "vision_cfg": vision}, preprocess_config(32)).eval()
+    clip.save(tmp_path)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(Clip.load(tmp_path).encode_image(pixels), clip.encode_image(pixels))
+
+
+def test_no_config_of_open_clips_list_is_taken_for_malformed(tmp_path, monkeypatch):
+    import open_clip
+
+    class Built(Exception):
+        pass
+
+    monkeypatch.setattr(Clip, "__init__", Mock(side_effect=Built))  # the config was accepted
+    names = open_clip.list_models()
+    assert len(names) > 100
+    for name in names:
+        config = open_clip.get_model_config(name)
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+        with pytest.raises(Built):
+            Clip.load(tmp_path)
 
 
 def test_embeddings_are_unit_rows_of_the_space(folder):

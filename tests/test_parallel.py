@@ -1,10 +1,16 @@
+import errno
 import json
+import os
+import threading
+from unittest import mock
 
 import crew
 import pytest
 import timm.layers
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from clip_train import ranks
 from clip_train.checkpoint import checkpoints
@@ -105,6 +111,33 @@ def test_damaged_shards_and_those_of_another_model_are_one_clear_line(made, tmp_
     with pytest.raises(UserError, match="another model" if damage == "model" else "damaged") as caught:
         crew.train(tmp_path, norm=damage == "model")
     assert "\n" not in str(caught.value)
+
+
+def fail_alone(folder):
+    """On two ranks, of which the second alone cannot read the headers of the newest checkpoint."""
+    threading.Timer(100, os._exit, [3]).start()  # or a rank would wait for the other for hours
+    whole, real = crew.train(folder / "whole", parallel="fsdp"), HuggingFaceStorageReader.read_metadata
+    for error in (OSError(errno.EIO, "no answer"), SafetensorError("no header")):
+        here = folder / type(error).__name__
+        assert crew.train(here, parallel="fsdp", save_every=0.0, stop=3) is None
+
+        def fail(reader, error=error):
+            if ranks.rank() == 1 and str(reader.path).endswith("-000000003"):
+                raise error
+            return real(reader)
+
+        ranks.barrier()
+        with mock.patch.object(HuggingFaceStorageReader, "read_metadata", fail):
+            if isinstance(error, OSError):
+                with pytest.raises(UserError, match="cannot read .*checkpoint-000000003: no answer"):
+                    crew.train(here, parallel="fsdp")
+                assert len(checkpoints(here)) == 2
+            else:
+                assert crew.difference(whole, crew.train(here, parallel="fsdp")) == 0
+
+
+def test_what_one_rank_alone_cannot_read_is_told_to_all(tmp_path):
+    crew.run(2, fail_alone, tmp_path)
 
 
 def test_validation_on_sharded_ranks_sees_the_averaged_weights_whole(made, tmp_path):

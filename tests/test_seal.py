@@ -100,6 +100,21 @@ def test_of_a_file_too_large_to_read_through_the_length_and_both_ends_are_compar
     seal.refuse_changed(path, noted)
 
 
+def test_what_was_noted_under_another_limit_still_holds(tmp_path, monkeypatch):
+    path = tmp_path / "image.index"
+    path.write_bytes(bytes(5000))
+    monkeypatch.setattr(seal, "END", 100)
+    for before, now in ((1000, 9000), (9000, 1000)):
+        monkeypatch.setattr(seal, "WHOLE", before)
+        noted = seal.seal(path)
+        monkeypatch.setattr(seal, "WHOLE", now)
+        seal.refuse_changed(path, noted)
+        flip(path, 8 * 4999)
+        with pytest.raises(UserError, match=CHANGED):
+            seal.refuse_changed(path, noted)
+        flip(path, 8 * 4999)
+
+
 def test_added_and_compacted_files_have_seals_of_their_own(copy):
     changes.add(copy / "index", copy / "more")
     (segment,) = (copy / "index" / "segments").iterdir()

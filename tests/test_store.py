@@ -142,6 +142,13 @@ def test_rows_that_are_not_unit_rows_are_refused_by_part_and_row(folder, value):
         EmbeddingStore.open(folder)
 
 
+def test_captions_whose_rows_go_down_are_refused_whatever_their_type(folder):
+    path = folder / "captions_emb" / "captions_row_0.npy"
+    np.save(path, np.load(path)[::-1].astype(np.uint64))
+    with pytest.raises(UserError, match="part 0 is .* for 0 captions of 4 rows"):
+        EmbeddingStore.open(folder).captions()
+
+
 def test_parts_that_disagree_in_rows_or_width_are_refused(folder):
     replace_part(folder, "text_emb", TEXT[:2].astype(np.float16))
     with pytest.raises(UserError, match="part 1 has 3 picture rows, 2 text rows and 3 metadata rows"):

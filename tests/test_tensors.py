@@ -1,11 +1,13 @@
+import errno
 import os
+from unittest import mock
 
 import pytest
 import torch
 
 from clip_train import tensors as module
 from clip_train.settings import UserError
-from clip_train.tensors import load_tensors, load_weights, save_tensors
+from clip_train.tensors import Damaged, load_tensors, load_weights, save_tensors
 
 
 def test_tensors_and_numbers_come_back_as_they_were(tmp_path):
@@ -14,6 +16,38 @@ def test_tensors_and_numbers_come_back_as_they_were(tmp_path):
     back, numbers = load_tensors(tmp_path / "x.safetensors")
     assert numbers == {"step": 3, "seconds": 0.1}
     assert all(torch.equal(back[name], t) and back[name].dtype == t.dtype for name, t in tensors.items())
+
+
+def test_numbers_come_back_as_json_has_them_and_are_not_called_damaged(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {"m": {10: 1, 9: (2, 3)}})
+    assert load_tensors(tmp_path / "x.safetensors")[1] == {"m": {"10": 1, "9": [2, 3]}}
+
+
+def test_a_bit_that_changed_in_any_piece_of_any_tensor_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 16)
+    path, tensors = tmp_path / "x.safetensors", {"a": torch.randn(11), "b": torch.ones(3), "none": torch.ones(0, 2)}
+    save_tensors(path, tensors)
+    whole = path.read_bytes()
+    for byte in range(len(whole) - 4 * 14, len(whole)):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 4]) + whole[byte + 1 :])
+        with pytest.raises(Damaged, match="changed since"):
+            load_tensors(path)
+    path.write_bytes(whole)
+    assert torch.equal(load_tensors(path)[0]["a"], tensors["a"])
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged_or_missing(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    path.symlink_to(path)
+    with pytest.raises(UserError, match="cannot read .*x.safetensors: Too many levels") as caught:
+        load_tensors(path)
+    assert not isinstance(caught.value, Damaged)
+    path.unlink()
+    save_tensors(path, {"a": torch.ones(2)})
+    monkeypatch.setattr(module, "load_file", mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(UserError, match="cannot read .*x.safetensors: Input/output error") as caught:
+        load_tensors(path)
+    assert not isinstance(caught.value, Damaged)
 
 
 def test_tied_weights_are_saved_as_two_and_loaded_as_one(tmp_path):

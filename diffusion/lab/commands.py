@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, say, shards_option, warn
+from clip_train.console import CONTEXT, Bars, Whole, device_option, out_option, put, say, shards_option, warn
 
 if TYPE_CHECKING:
     from diffusion.lab.experiment import Part
@@ -26,7 +26,7 @@ def run(part: "Part", out: Path) -> None:
     run_part(part, out, Bars(f"lab {part.name}"))
     numbers = read_numbers(out)
     for one in numbers["findings"]:
-        click.echo(Finding.from_json(one).verdict)
+        put(Finding.from_json(one).verdict)
     say(f"look at: {', '.join(str(out / one['file']) for one in numbers['figures'])}")
 
 
@@ -220,7 +220,7 @@ def lab_all(folder, embeddings, image, steps, count, seed, out, device) -> None:
     made = tell(story, out, lambda name: Bars(f"lab {name}"), say)
     for name, findings in made.result["findings"].items():
         for one in findings:
-            click.echo(f"{name}: {Finding.from_json(one).verdict}")
+            put(f"{name}: {Finding.from_json(one).verdict}")
     say(f"look at: {out / PAGE}")
 
 

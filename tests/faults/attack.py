@@ -208,5 +208,5 @@ def run(numbers: Iterable[int], seed: int, folder: Path, tell: Callable) -> Tall
             for n in range(10 * number, 10 * number + 10):
                 tally.add(kind, f"case {number} ({n})", attempt(target, kind, seed, n))
         tell(done, len(numbers))
-    target.client.__exit__(None, None, None)
+    target.close()
     return tally

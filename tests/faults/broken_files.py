@@ -62,7 +62,7 @@ def bad_tensors(rng: random.Random, data: bytes, n: int) -> tuple[bytes, str]:
     tensors = load(data)
     name = sorted(tensors)[n % len(tensors)]
     whole = tensors[name]
-    picked = rng.randrange(12)
+    picked = rng.randrange(13)
     if picked == 0:
         file = io.BytesIO()
         torch.save(tensors, file)
@@ -90,11 +90,15 @@ def bad_tensors(rng: random.Random, data: bytes, n: int) -> tuple[bytes, str]:
     if picked == 9:
         head = json.dumps({name: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
         return len(head).to_bytes(8, "little") + head, "a header that lies"
+    if picked == 10:
+        spoilt = bytearray(data)
+        spoilt[-1 - rng.randrange(sum(tensor.nbytes for tensor in tensors.values()))] ^= 1 << rng.randrange(8)
+        return bytes(spoilt), "a bit of its tensors"
     odd = rng.choice([float("nan"), float("inf"), 1e38])
     filled = {
         key: torch.full_like(value, odd) if value.is_floating_point() else value for key, value in tensors.items()
     }
-    return save(filled if picked == 10 else {**tensors, name: filled[name]}), f"{'all' if picked == 10 else name} {odd}"
+    return save(filled if picked == 11 else {**tensors, name: filled[name]}), f"{'all' if picked == 11 else name} {odd}"
 
 
 def bad_array(rng: random.Random, data: bytes, n: int) -> tuple[bytes, str]:

@@ -40,7 +40,7 @@ BASE = {  # in a folder with EVERYTHING in it
     "lab spiral": "--steps 1 --out new",
     "lab sampling": "--steps 1 --out new",
     "lab guidance": "--steps 1 --out new",
-    "lab space": "--clip clip --shards shards --count 8 --out new --device cpu",
+    "lab space": "--clip clip --shards shards --count 16 --out new --device cpu",
     "lab forward": "fox.png --out new",
     "lab denoise": "--decoder decoder --embeddings emb --count 8 --steps 2 --out new --device cpu",
     "lab unclip": "--decoder decoder --prior prior --embeddings emb --count 8 --out new --device cpu",

@@ -34,7 +34,6 @@ class Ended:
     seconds: float
     out: str
     err: str
-    struck: bool = False  # whether all of the strikes came while it was running
 
     @property
     def said(self) -> list[str]:
@@ -138,10 +137,9 @@ def _be(words: list[str], folder: str, before: str, outputs: list[int]) -> None:
 
 
 def _finish(pid: int, began: float, strikes: list[tuple[float, int]], outputs: list[int]) -> dict:
-    handle, struck, code = os.pidfd_open(pid), True, 0
+    handle, code = os.pidfd_open(pid), 0
     for moment, number in [*strikes, (LIMIT, 0)]:
         if select.select([handle], [], [], max(0.0, began + moment - time.monotonic()))[0]:
-            struck = number == 0
             break
         if number == signal.SIGKILL:
             os.killpg(pid, number)
@@ -161,7 +159,7 @@ def _finish(pid: int, began: float, strikes: list[tuple[float, int]], outputs: l
     for output in outputs:
         texts.append(os.pread(output, 1 << 20, 0).decode("utf-8", "replace"))
         os.close(output)
-    return {"code": code, "seconds": seconds, "out": texts[0], "err": texts[1], "struck": struck and bool(strikes)}
+    return {"code": code, "seconds": seconds, "out": texts[0], "err": texts[1]}
 
 
 if __name__ == "__main__":

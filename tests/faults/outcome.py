@@ -1,8 +1,6 @@
 """How a fault ended, and the tally of many: what the fault bench counts and prints."""
 
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 GOOD = ("done", "skipped", "refused")  # did its work; said and counted what it left out; one line and exit code 2
@@ -40,20 +38,3 @@ class Tally:
         head = "| kind | cases | done | counted skip | exit 2, one line | losses |\n|---|---|---|---|---|---|"
         cells = [[kind, sum(n.values()), *(n[how] for how in GOOD), sum(n[how] for how in BAD)] for kind, n in rows]
         return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in cells)])
-
-
-def tried(
-    work: Callable[[], object], refusals: tuple[type[BaseException], ...], skipped: Callable[[], bool]
-) -> Outcome:
-    """Run it: one of the refusals (UserError, say) with one line is good, any other exception is not.
-
-    skipped: asked afterwards, whether what was left out was counted.
-    """
-    try:
-        work()
-    except refusals as error:
-        line = str(error)
-        return Outcome("refused", line) if line and "\n" not in line.strip() else Outcome("traceback", repr(line))
-    except Exception:
-        return Outcome("traceback", traceback.format_exc().strip().splitlines()[-1])
-    return Outcome("skipped") if skipped() else Outcome("done")

@@ -73,11 +73,11 @@ def rough(site: Site, numbers: list[int], seed: int, tally: Tally, tell: Callabl
 
 
 def schema(site: Site, cases: int, seed: int, tally: Tally) -> None:
-    """schemathesis on the description, if it is installed: pip install schemathesis."""
+    """schemathesis on the description, if it is installed (the extra "fuzz"); a row of the table says if it is not."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{site.root}/openapi.json", "-c", CHECKS]
     command += ["--seed", str(seed), "--max-examples", str(max(5, cases // 4)), "--phases", "coverage,fuzzing,stateful"]
     if not Path(command[0]).exists():
-        print("schemathesis is not installed: left out")
+        tally.add("schemathesis: left out, it is not installed", "", Outcome("skipped"))
         return
     done = subprocess.run(command, capture_output=True, text=True, cwd=site.log.name and Path(site.log.name).parent)
     found = re.search(r"(\d+) generated, (\d+) passed", done.stdout)

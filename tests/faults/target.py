@@ -46,6 +46,7 @@ class Target:
 
         made = sites.world(folder / "world")
         (made / "canary.txt").write_text(CANARY)
+        self.index = made / "index"
         config = ServeConfig(token=TOKEN, image_urls=True, precision="fp32", seconds=20)
         self.app = create_app({"tiny": Searcher.open(made / "index")}, config=config)
         self.client = TestClient(self.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
@@ -55,11 +56,21 @@ class Target:
         self.table = self.app.state.hall.indexes["tiny"].searcher.index.table
         parse("width > 1 and caption.matches('a')").mask(self.table)  # what is imported late is imported now
         self.watch, self.log = Watch(), []
-        handler = logging.Handler(logging.DEBUG)
-        handler.emit = lambda record: self.log.append(logging.Formatter().format(record))
-        logging.getLogger().addHandler(handler)
+        self._handler = logging.Handler()
+        self._handler.emit = lambda record: self.log.append(logging.Formatter().format(record))
+        self._handler.addFilter(lambda record: not record.name.startswith("http"))  # of the client
+        root = logging.getLogger()
+        self._level = root.level
+        root.setLevel(logging.INFO)
+        root.addHandler(self._handler)
         self.ask("POST", "/api/search", {"terms": [{"kind": "text", "value": "a"}], "where": "width > 1"})
         self.ask("GET", "/api/picture/tiny/0?side=64")
+
+    def close(self) -> None:
+        """Stop it, and read no logs any more."""
+        self.client.__exit__(None, None, None)
+        logging.getLogger().removeHandler(self._handler)
+        logging.getLogger().setLevel(self._level)
 
     def ask(self, method: str, path: str, fields: object = None, **headers: str):
         """The answer to a request with the token."""

@@ -4,19 +4,21 @@ import io
 import json
 import random
 
+import bad_folders
 import broken_files
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_world import copy_of, put, world
-from trial import bounded, commanded
+from tiny_world import copy_of, put, sets, world
+from trial import bounded, commanded, run_command
 
 from clip_train.folder import read_manifest
 from clip_train.settings import UserError
 from clip_train.store import EmbeddingStore, read_vectors
 from clip_train.tensors import load_tensors, save_tensors
+from diffusion.contrastive import ContrastiveConfig
 from diffusion.decoder import DecoderConfig
 from diffusion.prior import PriorConfig
 from retrieval.index import load_index
@@ -35,15 +37,14 @@ def test_a_manifest_with_a_field_missing_or_mistyped_is_refused_by_name(tmp_path
         read_manifest(folder, "index")
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "[" * 50_000])
-def test_json_that_python_gives_up_on_is_refused_by_name(tmp_path, text):
-    for name in ("index/manifest.json", "decoder/config.json", "clip/open_clip_config.json", "index/state.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-    copy_of(["decoder"], tmp_path / "index")
-    put(tmp_path / "index" / "decoder" / "config.json", text.encode())
-    outcome = commanded(["generate", "--embedding", str(world() / "rows.npy"), "--decoder",
-                         str(tmp_path / "index" / "decoder"), "--out", str(tmp_path / "x")])  # fmt: skip
-    assert outcome.how == "refused" and "config.json cannot be read" in outcome.line
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 50_000], ids=["digits", "nested"])
+@pytest.mark.parametrize("name", ["index/manifest.json", "index/state.json", "decoder/config.json",
+                                  "prior/config.json", "clip/open_clip_config.json"])  # fmt: skip
+def test_json_that_python_gives_up_on_is_refused_by_name(tmp_path, monkeypatch, name, text):
+    monkeypatch.chdir(copy_of(bad_folders.EVERYTHING, tmp_path))
+    put(tmp_path / name, text.encode())
+    outcome = commanded(bad_folders.COMMANDS[name.split("/")[0]][0])
+    assert outcome.how == "refused" and name in outcome.line
 
 
 @pytest.mark.parametrize("config, field", [
@@ -53,6 +54,12 @@ def test_json_that_python_gives_up_on_is_refused_by_name(tmp_path, text):
 def test_a_config_of_absurd_numbers_is_refused_before_a_network_is_built(config, field):
     with pytest.raises(UserError, match=next(iter(field))):
         config(**field)
+
+
+def test_a_prior_may_read_as_many_words_as_tokenizers_know():
+    assert PriorConfig(words=8, vocabulary=250_002).vocabulary == ContrastiveConfig(vocabulary=250_002).vocabulary
+    with pytest.raises(UserError, match="vocabulary 10000001 must be"):
+        PriorConfig(vocabulary=10_000_001)
 
 
 @pytest.mark.parametrize("room, name, value", [
@@ -99,6 +106,50 @@ def test_metadata_of_other_columns_is_refused_by_name(tmp_path, spoil):
     put(path, file.getvalue())
     with pytest.raises(UserError, match=path.name):
         EmbeddingStore.open(folder)
+
+
+def _categories(table):
+    for n, field in enumerate(table.schema):
+        if field.type == pa.string():
+            table = table.set_column(n, field.name, table.column(n).dictionary_encode())
+    return table
+
+
+def _captionless(table):
+    for name in ("caption", "captions"):
+        table = table.set_column(table.column_names.index(name), name, pa.nulls(len(table)))
+    return table
+
+
+@pytest.mark.parametrize("write", [_categories, _captionless])
+def test_categories_and_missing_captions_of_other_writers_work_in_every_command(tmp_path, write):
+    root = copy_of(["emb", "clip", "shards", "prior", "decoder"], tmp_path)
+    keys = EmbeddingStore.open(root / "emb").keys
+    for path in (root / "emb" / "metadata").iterdir():
+        file = io.BytesIO()
+        pq.write_table(write(pq.read_table(path)), file)
+        put(path, file.getvalue())
+    assert EmbeddingStore.open(root / "emb").keys == keys
+    index, emb = ["--index", f"{root}/index"], ["--embeddings", f"{root}/emb"]
+    train = ["train", "prior", "--steps", "2", "--batch-size", "4", "--device", "cpu", "--out"]
+    read = sets(["words=4", "width=32", "depth=1", "heads=2"])
+    for one in (
+        ["index", *emb, "--out", f"{root}/index"],
+        ["search", "a fox", *index, "--where", "caption is null or 'one' in caption", "--sheet", f"{root}/s.png"],
+        ["classify", "one", "two", *index, "--out", f"{root}/l.parquet", "--sheet", f"{root}/sheets"],
+        ["cluster", *index, "--out", f"{root}/clusters"],
+        ["dedup", *index, "--threshold", "0.5", "--sheet", f"{root}/near.png"],
+        [*train, f"{root}/silent", *emb, *sets(["width=32", "depth=1", "heads=2"])],
+        [*train, f"{root}/words", "--embeddings", f"{world()}/emb", *read],
+        ["evaluate", "prior", *emb, "--prior", f"{root}/words"],
+        ["evaluate", "loop", *emb, "--prior", f"{root}/prior", "--decoder", f"{root}/decoder", "--count", "2"],
+        ["index", "delete", keys[0], *index],
+    ):
+        ended = run_command(one)
+        assert ended.code == 0, (one, ended.err)
+    ended = run_command([*train, f"{root}/reads", *emb, *read])
+    assert ended.code == (0 if write is _categories else 2)
+    assert write is _categories or "metadata/ has 0 captions for the" in ended.err
 
 
 @pytest.mark.parametrize("column", ["image_path", "caption", "captions", "label"])

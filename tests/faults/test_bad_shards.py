@@ -1,5 +1,6 @@
 """Tars that the fuzzer found something with, one by one."""
 
+import contextlib
 import json
 import tarfile
 
@@ -8,6 +9,7 @@ import pytest
 import tiny
 from trial import run_command
 
+from clip_train import shards
 from clip_train.check import check_shards
 from clip_train.ingest import shard_source
 from clip_train.settings import UserError
@@ -59,3 +61,36 @@ def test_an_index_of_a_tar_that_was_changed_is_made_anew(tmp_path, name, value):
     again = ShardSet(tar)
     assert (again.keys, again.fingerprint) == (whole.keys, whole.fingerprint)
     assert json.loads(path.read_bytes()) == index
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    "name, value",
+    [("suffixes", 3), ("suffixes", {"txt": "4"}), ("keys", []), ("keys", "abcd"), ("keys", [[1]] * 4), ("blind", 7),
+     ("numbers", "AAAA"), ("numbers", 5), ("mute", [[9, "x"]]), ("mute", [7]), ("sha256", None)],
+)  # fmt: skip
+def test_an_index_of_a_tar_that_another_wrote_is_not_believed_for_its_crc(tmp_path, name, value, version):
+    tar = tiny.shards(tmp_path / "shards", 4) / "000000.tar"
+    whole = ShardSet(tar)
+    path = tar.with_name(tar.name + ".index.json")
+    index = json.loads(path.read_bytes()) | {name: value, "version": version}
+    del index["crc32"]
+    with contextlib.suppress(TypeError, AttributeError):
+        index |= {"crc32": shards._crc32(index)} if version == 3 else {}
+    path.write_text(json.dumps(index))
+    again = ShardSet(tar)
+    assert (again.keys, again.fingerprint) == (whole.keys, whole.fingerprint)
+    assert json.loads(path.read_bytes())["version"] == 3
+
+
+def test_an_index_of_the_version_before_is_read_as_before(tmp_path, monkeypatch):
+    tar = tiny.shards(tmp_path / "shards", 4) / "000000.tar"
+    whole = ShardSet(tar)
+    path = tar.with_name(tar.name + ".index.json")
+    index = json.loads(path.read_bytes()) | {"version": 2}
+    path.write_text(json.dumps(index))  # with the crc32 of another version: changed since
+    assert ShardSet(tar).keys == whole.keys and json.loads(path.read_bytes())["version"] == 3
+    del index["crc32"]
+    path.write_text(json.dumps(index))
+    monkeypatch.setattr(shards, "_build_index", None)  # a tar of terabytes is not read again
+    assert (ShardSet(tar).keys, ShardSet(tar).fingerprint) == (whole.keys, whole.fingerprint)

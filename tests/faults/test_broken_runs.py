@@ -1,7 +1,9 @@
 """A fixed share of the runs that are killed, stopped, out of room, doubled or damaged; benchmarks/faults.py has all."""
 
+import errno
 import json
 import os
+from unittest import mock
 
 import disks
 import kills
@@ -65,7 +67,7 @@ def test_a_run_killed_right_after_it_published_leaves_nothing_behind_when_it_is_
         (space.path / name).parent.mkdir(exist_ok=True)
         (space.path / name).write_text(name)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(folder, "_sweep", lambda path: exec("raise KeyboardInterrupt"))
+        patched.setattr(folder, "_sweep", mock.Mock(side_effect=KeyboardInterrupt))
         space.publish()
     space.release()
     assert (tmp_path / "out" / "checkpoint.safetensors").exists()
@@ -106,7 +108,6 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_gone_on_from(damage,
 
 def test_an_index_that_finds_no_room_for_its_last_bytes_is_not_taken_for_whole(tmp_path, monkeypatch):
     """faiss's own writer keeps 4 kB back and does not look whether the disk took them."""
-    import errno
     import io
 
     import faiss
@@ -125,12 +126,28 @@ def test_an_index_that_finds_no_room_for_its_last_bytes_is_not_taken_for_whole(t
     assert not list(tmp_path.iterdir())
 
 
-def test_an_array_is_refused_before_it_is_begun_if_the_disk_has_no_room_for_it(tmp_path):
+def test_an_array_is_refused_before_it_is_begun_if_the_disk_has_no_room_for_it(tmp_path, monkeypatch):
     import numpy as np
 
-    from clip_train.pictures import new_array
+    from clip_train.arrays import new_array
 
     new_array(tmp_path / "small.npy", np.uint8, (3, 4))[1] = 7
     assert np.load(tmp_path / "small.npy").sum() == 28
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         new_array(tmp_path / "large.npy", np.uint8, (1 << 50,))
+    assert caught.value.filename == str(tmp_path / "large.npy") and caught.value.strerror
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left.*full.npy"):
+        new_array(tmp_path / "full.npy", np.uint8, (3, 4))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_keep_room_free_gets_the_array_all_the_same(tmp_path, monkeypatch, number):
+    import numpy as np
+
+    from clip_train.arrays import new_array
+
+    monkeypatch.setattr(os, "posix_fallocate", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    new_array(tmp_path / "small.npy", np.uint8, (3, 4))[1] = 7
+    assert np.load(tmp_path / "small.npy").sum() == 28

@@ -12,10 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = [*(p for room in ("clip_train", "retrieval", "diffusion") for p in sorted((ROOT / room).rglob("*.py")))]
 FILES.append(ROOT / "cli.py")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "ruamel", "code", "pty"}
-MODULES |= {"xml", "lxml", "xmlrpc", "telnetlib", "ftplib", "requests", "httpx", "aiohttp", "jinja2", "mako"}
+MODULES |= {"xml", "lxml", "xmlrpc", "telnetlib", "ftplib", "requests", "httpx", "aiohttp", "jinja2", "mako", "runpy"}
 CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 ATTRIBUTES = {"system", "popen", "extractall", "extract", "unpack_archive", "mktemp", "read_pickle", "to_pickle"}
-ATTRIBUTES |= {"from_string", "unsafe_load", "loadTestsFromName"}
+ATTRIBUTES |= {"from_string", "unsafe_load", "loadTestsFromName", "posix_spawn", "posix_spawnp", "startfile"}
+ATTRIBUTES |= {"create_subprocess_exec", "create_subprocess_shell", "subprocess_exec", "subprocess_shell"}
+ATTRIBUTES |= {"FileSystemReader", "load_state_dict_from_url"}  # torch's: unpickle what is there
+RUNNING = ("exec", "spawn")  # what these begin with in os: execv, execlpe, spawnl, ...
+LOADS = {"torch": "torch.load", "dcp": "dcp.load", "torch.distributed.checkpoint": "dcp.load"}
 FETCHING = {"urllib.request", "fsspec"}  # besides sockets: what opens addresses
 
 # file -> what it may do all the same, and why
@@ -45,8 +49,18 @@ def offences(tree: ast.Module) -> Iterator[tuple[str, int]]:
                 top = name.split(".")[0]
                 if top in MODULES | {"subprocess"} | FETCHING or name in FETCHING:
                     yield (name if name in FETCHING else top), node.lineno
+            if isinstance(node, ast.ImportFrom):
+                yield from ((what, node.lineno) for alias in node.names if (what := _under(node.module, alias.name)))
         elif isinstance(node, ast.Call):
             yield from _of_call(node)
+
+
+def _under(module: str | None, name: str) -> str:
+    """What a name that is imported from a module would hide from _of_call; "" if nothing."""
+    if name == "load":
+        return LOADS.get(module or "", "")
+    runs = name in ATTRIBUTES and module != "platform" or module == "os" and name.startswith(RUNNING)
+    return name if runs else ""
 
 
 def _of_call(node: ast.Call) -> Iterator[tuple[str, int]]:
@@ -59,6 +73,10 @@ def _of_call(node: ast.Call) -> Iterator[tuple[str, int]]:
         yield "shell=True", node.lineno
     if of == "torch" and name == "load" and given.get("weights_only") is not True:
         yield "torch.load", node.lineno
+    if of == "os" and name.startswith(RUNNING):
+        yield name, node.lineno
+    if of == "dcp" and name == "load" and "storage_reader" not in given:  # then torch's own, which unpickles
+        yield "dcp.load", node.lineno
     if given.get("allow_pickle", False) is not False or given.get("trust_remote_code", False) is not False:
         yield "allow_pickle", node.lineno
     if of in ("tempfile", "os") and name in ("tempnam", "tmpnam"):
@@ -86,11 +104,24 @@ def test_nothing_that_was_given_is_run_unpickled_unpacked_or_fetched(path):
         ("tar.extractall(x)", "extractall"),
         ("from urllib.request import urlopen", "urllib.request"),
         ("import subprocess", "subprocess"),
+        ("os.execvp(x, y)", "execvp"),
+        ("os.spawnl(0, x)", "spawnl"),
+        ("os.posix_spawn(x, y, z)", "posix_spawn"),
+        ("from os import execv, path", "execv"),
+        ("from os import system", "system"),
+        ("asyncio.create_subprocess_shell(x)", "create_subprocess_shell"),
+        ("asyncio.create_subprocess_exec(x)", "create_subprocess_exec"),
+        ("import runpy", "runpy"),
+        ("from torch import load", "torch.load"),
+        ("dcp.load(x)", "dcp.load"),
+        ("dcp.load(x, storage_reader=dcp.FileSystemReader(y))", "FileSystemReader"),
+        ("from torch.distributed.checkpoint import load", "dcp.load"),
     ],
 )
 def test_each_of_these_is_seen(source, what):
     assert what in [found for found, _ in offences(ast.parse(source))]
-    assert not list(offences(ast.parse("re.compile(x); model.eval(); torch.load(x, weights_only=True); np.load(x)")))
+    fine = "re.compile(x); model.eval(); torch.load(x, weights_only=True); np.load(x); dcp.load(x, storage_reader=y)"
+    assert not list(offences(ast.parse(f"{fine}; from platform import system; from json import load")))
 
 
 def test_the_token_is_compared_in_constant_time_and_nowhere_else():
