@@ -300,6 +300,7 @@ def slow(what):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
     import cli
     from retrieval import build
 
